@@ -1,0 +1,6 @@
+//! Tidepool: an elastic pool file with forkable copy-on-write disks, served to any VMM as
+//! vhost-user-blk over io_uring. The rooms, lowest first; who may import whom is the table in
+//! `tests/tidy.rs`.
+
+pub mod storage;
+pub mod sync;
