@@ -2,5 +2,6 @@
 //! vhost-user-blk over io_uring. The rooms, lowest first; who may import whom is the table in
 //! `tests/tidy.rs`.
 
+pub mod format;
 pub mod storage;
 pub mod sync;
