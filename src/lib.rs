@@ -5,3 +5,4 @@
 pub mod format;
 pub mod storage;
 pub mod sync;
+pub mod sys;

@@ -2,9 +2,20 @@
 //! disk. The pool and its disks are written against this contract alone, so that every crash the
 //! contract allows can be simulated.
 
+mod aligned;
+mod file;
+mod open;
+
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
+
+pub use aligned::AlignedBuf;
+pub use file::FileStorage;
+pub use open::{Access, Caching, OpenError};
+
+/// What a crash keeps or loses as one: the smallest sector any disk has, in bytes.
+pub const BLOCK: u64 = 512;
 
 /// How a backing store wants to be driven by someone who brings their own ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +37,7 @@ pub enum Tier {
 /// # What the implementer promises
 /// - An operation is complete when the call returns, or has failed; there is no short success.
 /// - A completed write is seen by every read that begins after it.
-/// - After a crash each 512-byte block holds one of the versions written since the last `flush`
+/// - After a crash each 512-byte block ([`BLOCK`]) holds one of the versions written since the last `flush`
 ///   that began after that version's write completed, or the version before them. Blocks are
 ///   independent: unflushed writes are lost, torn and reordered freely.
 /// - `flush` covers every write and punch that completed before it began.
@@ -51,8 +62,8 @@ pub trait Storage: Send + Sync + Debug {
     /// Writes all of `buf` at byte `offset`, within the current length.
     ///
     /// # Errors
-    /// `StorageFull` if the host has no space; otherwise what the device said. Any part of the
-    /// range may have been written.
+    /// `StorageFull` if the host has no space (or no quota); `InvalidInput` beyond the end;
+    /// otherwise what the device said. Any part of the range may have been written.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
     /// As [`Storage::write_at`], and durable on return (`RWF_DSYNC`).
@@ -87,10 +98,11 @@ pub trait Storage: Send + Sync + Debug {
     /// What the device said.
     fn len(&self) -> io::Result<u64>;
 
-    /// Makes the store `len` bytes long; new bytes read as zeros.
+    /// Makes the store `len` bytes long, a multiple of [`BLOCK`]; new bytes read as zeros. Durable
+    /// after the next `flush`; until then a crash may leave either length.
     ///
     /// # Errors
-    /// `Unsupported` on a block device whose size differs.
+    /// `InvalidInput` for an odd length; `Unsupported` on a block device whose size differs.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
     /// Bytes the host has allocated to this store (`st_blocks`); the length where it cannot tell.

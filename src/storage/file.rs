@@ -1,0 +1,447 @@
+//! A regular file or block device as a [`Storage`]: locked against a second opener, driven past
+//! the page cache where that works, through it where not.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use super::open::{Access, Caching, OpenError, at, choose_tier, lock};
+use super::{AlignedBuf, BLOCK, Storage, Tier};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sys::file as sys;
+
+/// An open, locked file or block device.
+///
+/// # Invariants
+/// With [`Tier::Direct`], `len` is a multiple of `align`, so widening a range inside the file to
+/// aligned bounds stays inside the file.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    path: PathBuf,
+    access: Access,
+    kind: sys::Kind,
+    tier: Tier,
+    /// Nobody else may change the length while we hold the lock, so one look is enough.
+    len: AtomicU64,
+    /// Held while a block is read, changed in part and written back: two writers of different
+    /// bytes in one block do not overlap as far as the contract goes. Innermost; held across I/O
+    /// because the I/O is what it orders.
+    edges: Mutex<()>,
+}
+
+/// Most bytes bounced through one aligned buffer.
+const BOUNCE_MAX: usize = 1 << 20;
+
+impl FileStorage {
+    /// Makes a file of `len` bytes (a multiple of [`BLOCK`]) that read as zeros, and locks it. A
+    /// block device is taken as it is, if it has at least `len` bytes: it keeps its length, and what
+    /// it held before is still there to read.
+    ///
+    /// # Errors
+    /// [`OpenError::Io`] of kind `AlreadyExists` if the file exists; see [`OpenError`].
+    pub fn create_new(path: impl AsRef<Path>, len: u64) -> Result<Self, OpenError> {
+        Self::create_new_with(path, len, Caching::Auto)
+    }
+
+    /// As [`FileStorage::create_new`], with a say about the page cache.
+    ///
+    /// # Errors
+    /// As [`FileStorage::create_new`].
+    pub fn create_new_with(
+        path: impl AsRef<Path>,
+        len: u64,
+        caching: Caching,
+    ) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let wrong_len = |have| OpenError::Length {
+            path: path.to_owned(),
+            have,
+            want: len,
+        };
+        if !len.is_multiple_of(BLOCK) {
+            return Err(wrong_len(0));
+        }
+        if sys::kind_of(path).is_ok_and(|kind| kind == sys::Kind::BlockDevice) {
+            let device = Self::open_with(path, Access::ReadWrite, caching)?;
+            let have = device.len.load(Ordering::Relaxed);
+            return if have < len {
+                Err(wrong_len(have))
+            } else {
+                Ok(device)
+            };
+        }
+        let io = |doing| at(path, doing);
+        let file = sys::open(path, sys::Mode::CreateNew).map_err(io("create"))?;
+        let made = lock(&file, path, Access::ReadWrite)
+            .and_then(|()| file.set_len(len).map_err(io("set the length")))
+            .and_then(|()| file.sync_all().map_err(io("sync")))
+            .and_then(|()| sys::sync_parent(path).map_err(io("sync the directory of")))
+            .and_then(|()| Self::from_locked(file, path, Access::ReadWrite, caching));
+        if made.is_err() {
+            // What we made is of no use to anyone; the first error says more than a second would.
+            drop(std::fs::remove_file(path));
+        }
+        made
+    }
+
+    /// Opens and locks what is there: shared for [`Access::ReadOnly`], else exclusive.
+    ///
+    /// # Errors
+    /// [`OpenError::Locked`] if someone else has it; see [`OpenError`].
+    pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self, OpenError> {
+        Self::open_with(path, access, Caching::Auto)
+    }
+
+    /// As [`FileStorage::open`], with a say about the page cache.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open`].
+    pub fn open_with(
+        path: impl AsRef<Path>,
+        access: Access,
+        caching: Caching,
+    ) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        // Looked at before opening: opening a pipe would wait for its other end.
+        if sys::kind_of(path).map_err(at(path, "open"))? == sys::Kind::Other {
+            let path = path.to_owned();
+            return Err(OpenError::NotAStore { path });
+        }
+        let mode = match access {
+            Access::ReadOnly => sys::Mode::Read,
+            Access::ReadWrite => sys::Mode::ReadWrite,
+        };
+        let file = sys::open(path, mode).map_err(|source| {
+            if source.kind() == ErrorKind::ResourceBusy {
+                // A block device that is mounted, or claimed by another process.
+                let path = path.to_owned();
+                return OpenError::Locked { path, pid: None };
+            }
+            at(path, "open")(source)
+        })?;
+        lock(&file, path, access)?;
+        Self::from_locked(file, path, access, caching)
+    }
+
+    /// The rest of opening, once the lock is held.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    fn from_locked(
+        file: File,
+        path: &Path,
+        access: Access,
+        caching: Caching,
+    ) -> Result<Self, OpenError> {
+        let io = |doing| at(path, doing);
+        let metadata = file.metadata().map_err(io("stat"))?;
+        let kind = sys::Kind::from(metadata.file_type());
+        let len = match kind {
+            sys::Kind::BlockDevice => sys::device_len(&file).map_err(io("measure"))?,
+            sys::Kind::Regular | sys::Kind::Other => metadata.len(),
+        };
+        let tier = choose_tier(&file, kind, len, caching).map_err(io("examine"))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            access,
+            kind,
+            tier,
+            len: AtomicU64::new(len),
+            edges: Mutex::new(()),
+        })
+    }
+
+    /// Where it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// True if this is a block device.
+    #[must_use]
+    pub fn is_block_device(&self) -> bool {
+        self.kind == sys::Kind::BlockDevice
+    }
+
+    /// Checks that a range is inside the file.
+    ///
+    /// # Errors
+    /// `beyond` if it is not.
+    fn check(&self, offset: u64, len: u64, beyond: ErrorKind) -> io::Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len.load(Ordering::Acquire) => Ok(()),
+            Some(_) | None => Err(beyond.into()),
+        }
+    }
+
+    /// Checks that we may write.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if opened read-only.
+    fn check_writable(&self) -> io::Result<()> {
+        match self.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => Err(io::Error::new(
+                ErrorKind::PermissionDenied,
+                "opened read-only",
+            )),
+        }
+    }
+
+    /// The alignment a request breaks, if it breaks one.
+    fn needs_bounce(&self, buf: &[u8], offset: u64) -> Option<u64> {
+        match self.tier {
+            Tier::Direct { align } => {
+                let align = u64::from(align);
+                let all = buf.as_ptr().addr() as u64 | buf.len() as u64 | offset;
+                (!all.is_multiple_of(align)).then_some(align)
+            }
+            Tier::Buffered | Tier::Memory => None,
+        }
+    }
+
+    /// Reads through an aligned buffer.
+    ///
+    /// # Errors
+    /// As [`Storage::read_at`].
+    fn read_bounced(&self, mut buf: &mut [u8], mut offset: u64, align: u64) -> io::Result<()> {
+        let mut bounce = AlignedBuf::new(bounce_len(buf.len(), align));
+        while !buf.is_empty() {
+            let skip = narrow(offset % align);
+            let take = buf.len().min(bounce.len() - skip);
+            let span = (skip + take).next_multiple_of(narrow(align));
+            let start = offset - skip as u64;
+            read(&self.file, &mut bounce[..span], start)?;
+            let (now, rest) = buf.split_at_mut(take);
+            now.copy_from_slice(&bounce[skip..skip + take]);
+            buf = rest;
+            offset += take as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes through an aligned buffer; edges that cover part of a block are read first.
+    ///
+    /// # Errors
+    /// As [`Storage::write_at`].
+    fn write_bounced(
+        &self,
+        mut buf: &[u8],
+        mut offset: u64,
+        align: u64,
+        write: Writer,
+    ) -> io::Result<()> {
+        let mut bounce = AlignedBuf::new(bounce_len(buf.len(), align));
+        let is_edged = !(offset | buf.len() as u64).is_multiple_of(align);
+        let _guard = is_edged.then(|| self.edges.lock());
+        while !buf.is_empty() {
+            let skip = narrow(offset % align);
+            let take = buf.len().min(bounce.len() - skip);
+            let span = (skip + take).next_multiple_of(narrow(align));
+            let start = offset - skip as u64;
+            let last = span - narrow(align);
+            if skip != 0 {
+                read(&self.file, &mut bounce[..narrow(align)], start)?;
+            }
+            if skip + take != span && (skip == 0 || last != 0) {
+                read(&self.file, &mut bounce[last..span], start + last as u64)?;
+            }
+            let (now, rest) = buf.split_at(take);
+            bounce[skip..skip + take].copy_from_slice(now);
+            write(&self.file, &bounce[..span], start)?;
+            buf = rest;
+            offset += take as u64;
+        }
+        Ok(())
+    }
+
+    /// The one way bytes are written.
+    ///
+    /// # Errors
+    /// As [`Storage::write_at`].
+    fn write_any(&self, buf: &[u8], offset: u64, write: Writer) -> io::Result<()> {
+        self.check_writable()?;
+        self.check(offset, buf.len() as u64, ErrorKind::InvalidInput)?;
+        match self.needs_bounce(buf, offset) {
+            None => write(&self.file, buf, offset),
+            Some(align) => self.write_bounced(buf, offset, align, write),
+        }
+        .map_err(full)
+    }
+}
+
+/// Writes one aligned buffer, durably or not.
+type Writer = fn(&File, &[u8], u64) -> io::Result<()>;
+
+/// Reads one buffer.
+///
+/// # Errors
+/// As [`sys::read_exact_at`].
+fn read(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    sys::read_exact_at(file, &mut [IoSliceMut::new(buf)], offset)
+}
+
+/// Writes one buffer.
+///
+/// # Errors
+/// As [`sys::write_all_at`].
+fn write(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    sys::write_all_at(file, &mut [IoSlice::new(buf)], offset)
+}
+
+/// Writes one buffer, durable on return.
+///
+/// # Errors
+/// As [`sys::write_all_durable_at`].
+fn write_durable(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    match sys::write_all_durable_at(file, &mut [IoSlice::new(buf)], offset) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            // The file system does not know the flag: a whole flush promises more, and costs more.
+            write(file, buf, offset)?;
+            file.sync_data()
+        }
+        done => done,
+    }
+}
+
+/// Length of a bounce buffer that holds `len` bytes with both edges widened, or a good part of them.
+fn bounce_len(len: usize, align: u64) -> usize {
+    let wanted = len.saturating_add(2 * narrow(align));
+    wanted.next_multiple_of(narrow(align)).min(BOUNCE_MAX)
+}
+
+/// An alignment or an offset within one, as an index.
+fn narrow(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("alignments are at most 512")
+}
+
+/// "No space" in every form the host says it.
+fn full(error: io::Error) -> io::Error {
+    if error.kind() == ErrorKind::QuotaExceeded {
+        return io::Error::new(ErrorKind::StorageFull, error);
+    }
+    error
+}
+
+impl Storage for FileStorage {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.check(offset, buf.len() as u64, ErrorKind::UnexpectedEof)?;
+        match self.needs_bounce(buf, offset) {
+            None => read(&self.file, buf, offset),
+            Some(align) => self.read_bounced(buf, offset, align),
+        }
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_any(buf, offset, write)
+    }
+
+    fn write_durable_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_any(buf, offset, write_durable)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_writable()?;
+        self.check(offset, len, ErrorKind::InvalidInput)?;
+        let (mut start, mut end) = (offset, offset + len);
+        if self.is_block_device() {
+            // A device unmaps whole blocks only; the pieces at the edges stay as they are.
+            let block = u64::from(sys::device_block_size(&self.file)?);
+            start = start.next_multiple_of(block);
+            end -= end % block;
+        }
+        if start >= end {
+            return Ok(());
+        }
+        let mut punched = sys::punch_hole(&self.file, start, end - start);
+        if self.is_block_device() && is_unsupported(&punched) {
+            punched = sys::device_discard(&self.file, start, end - start);
+        }
+        if is_unsupported(&punched) {
+            return Ok(());
+        }
+        punched
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_writable()?;
+        self.check(offset, len, ErrorKind::InvalidInput)?;
+        if len == 0 || self.is_block_device() {
+            return Ok(());
+        }
+        let allocated = sys::allocate(&self.file, offset, len);
+        if is_unsupported(&allocated) {
+            return Ok(());
+        }
+        allocated.map_err(full)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.len.load(Ordering::Acquire))
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.check_writable()?;
+        if !len.is_multiple_of(BLOCK) {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        if self.is_block_device() {
+            let is_same = len == self.len.load(Ordering::Acquire);
+            return if is_same {
+                Ok(())
+            } else {
+                Err(ErrorKind::Unsupported.into())
+            };
+        }
+        self.file.set_len(len).map_err(full)?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        if self.is_block_device() {
+            return self.len();
+        }
+        sys::allocated_bytes(&self.file)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let len = self.len.load(Ordering::Acquire);
+        if offset >= len {
+            return Ok(None);
+        }
+        if self.is_block_device() {
+            return Ok(Some((offset, len)));
+        }
+        let start = match sys::seek_data(&self.file, offset) {
+            Ok(Some(start)) if start < len => start,
+            Ok(Some(_) | None) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                return Ok(Some((offset, len))); // the file system keeps no such map
+            }
+            Err(error) => return Err(error),
+        };
+        let end = sys::seek_hole(&self.file, start)?.unwrap_or(len);
+        Ok(Some((start, end.min(len))))
+    }
+
+    fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+}
+
+fn is_unsupported(result: &io::Result<()>) -> bool {
+    matches!(result, Err(error) if error.kind() == ErrorKind::Unsupported)
+}

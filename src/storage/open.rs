@@ -1,0 +1,153 @@
+//! Opening a file as a store: who may, how it is locked, how it is then best driven, and why it
+//! may be refused.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, IoSliceMut};
+use std::path::{Path, PathBuf};
+
+use super::{AlignedBuf, BLOCK, Tier};
+use crate::sys::file as sys;
+
+/// What the opener may do, and so which lock it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reads only; any number of readers share the file.
+    ReadOnly,
+    /// Reads and writes; nobody else may have the file open.
+    ReadWrite,
+}
+
+/// Whether the page cache is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caching {
+    /// Direct where it works with an alignment of at most [`BLOCK`] bytes.
+    Auto,
+    /// Through the page cache always: for files that several processes read, such as shared bases.
+    Buffered,
+}
+
+/// Why a file could not be opened or made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Someone else has it open (for writing, or we want to write).
+    #[error("{}: in use by {}", path.display(), holder_text(*pid))]
+    Locked {
+        /// What was to be opened.
+        path: PathBuf,
+        /// The process that holds it, if we are allowed to see it.
+        pid: Option<u32>,
+    },
+    /// The path leads to a directory, a pipe, a socket or a character device.
+    #[error("{}: neither a regular file nor a block device", path.display())]
+    NotAStore {
+        /// What was to be opened.
+        path: PathBuf,
+    },
+    /// The length asked for does not fit: a block device is smaller, or it is not a multiple of
+    /// [`BLOCK`] bytes.
+    #[error("{}: cannot hold {want} bytes (it has {have}; multiples of 512 only)", path.display())]
+    Length {
+        /// What was to be made.
+        path: PathBuf,
+        /// Bytes there are.
+        have: u64,
+        /// Bytes asked for.
+        want: u64,
+    },
+    /// The operating system refused.
+    #[error("{}: cannot {doing}: {source}", path.display())]
+    Io {
+        /// What was to be opened.
+        path: PathBuf,
+        /// The step that failed.
+        doing: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+impl OpenError {
+    /// The nearest [`ErrorKind`], for callers who only tell a missing or existing file apart.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Locked { .. } => ErrorKind::ResourceBusy,
+            Self::NotAStore { .. } | Self::Length { .. } => ErrorKind::InvalidInput,
+            Self::Io { source, .. } => source.kind(),
+        }
+    }
+}
+
+fn holder_text(pid: Option<u32>) -> String {
+    pid.map_or_else(
+        || "another process".to_owned(),
+        |pid| format!("process {pid}"),
+    )
+}
+
+/// Names the path and the step in an error.
+pub(super) fn at<'a>(
+    path: &'a Path,
+    doing: &'static str,
+) -> impl Fn(io::Error) -> OpenError + use<'a> {
+    move |source| OpenError::Io {
+        path: path.to_owned(),
+        doing,
+        source,
+    }
+}
+
+/// Takes the lock that goes with `access`.
+///
+/// # Errors
+/// [`OpenError::Locked`] if someone holds one that conflicts.
+pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), OpenError> {
+    let is_exclusive = access == Access::ReadWrite;
+    if sys::try_lock(file, is_exclusive).map_err(at(path, "lock"))? {
+        return Ok(());
+    }
+    Err(OpenError::Locked {
+        path: path.to_owned(),
+        pid: sys::lock_holder(file),
+    })
+}
+
+/// How the file is best driven; sets the file's flags to match.
+///
+/// # Errors
+/// What the operating system said.
+pub(super) fn choose_tier(
+    file: &File,
+    kind: sys::Kind,
+    len: u64,
+    caching: Caching,
+) -> io::Result<Tier> {
+    if kind == sys::Kind::Regular && sys::is_tmpfs(file)? {
+        return Ok(Tier::Memory);
+    }
+    if caching == Caching::Auto && sys::set_direct(file).is_ok() {
+        let align = match sys::direct_align(file) {
+            Some(align) => u64::from(align),
+            None => probe_align(file),
+        };
+        let is_usable = align.is_power_of_two() && align <= BLOCK && len.is_multiple_of(align);
+        if let (true, Ok(align)) = (is_usable, u32::try_from(align)) {
+            return Ok(Tier::Direct { align });
+        }
+        sys::clear_direct(file)?;
+    }
+    sys::advise_random(file)?;
+    Ok(Tier::Buffered)
+}
+
+/// [`BLOCK`] if direct reads aligned to no more than that work, else 0: found by trying. An empty
+/// file says yes to anything, which is why a file gets its length before its tier.
+fn probe_align(file: &File) -> u64 {
+    let mut buf = AlignedBuf::new(1024);
+    match sys::read_exact_at(file, &mut [IoSliceMut::new(&mut buf[512..])], 0) {
+        Ok(()) => BLOCK,
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => BLOCK,
+        Err(_refused) => 0,
+    }
+}
