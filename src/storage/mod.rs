@@ -4,7 +4,9 @@
 
 mod aligned;
 mod file;
+mod medium;
 mod open;
+pub mod sim;
 
 use std::fmt::Debug;
 use std::io;
@@ -13,6 +15,7 @@ use std::os::fd::BorrowedFd;
 pub use aligned::AlignedBuf;
 pub use file::FileStorage;
 pub use open::{Access, Caching, OpenError};
+pub use sim::SimStorage;
 
 /// What a crash keeps or loses as one: the smallest sector any disk has, in bytes.
 pub const BLOCK: u64 = 512;

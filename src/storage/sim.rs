@@ -1,0 +1,667 @@
+//! A disk in memory that crashes and fails on demand, exactly as far as the contract of
+//! [`Storage`] allows: the same operations and the same seed give the same bytes for ever.
+//!
+//! A test does what it wants to test on a [`SimStorage`], then asks for what a power cut at that
+//! moment could have left behind: one image by seed ([`SimStorage::crash`]), the two extremes, or
+//! all of them where there are few ([`SimStorage::images`]). [`SimStorage::cut_power_at`] stops
+//! the disk in the middle of any operation; [`SimStorage::fail`] makes one operation fail.
+
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::os::fd::BorrowedFd;
+
+use super::medium::{Medium, Rng};
+use super::{BLOCK, Storage, Tier};
+use crate::sync::Mutex;
+
+/// Linux's number for a failed transfer, the usual choice for [`SimStorage::fail`].
+pub const EIO: i32 = 5;
+
+/// The operations faults are planned for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// [`Storage::read_at`].
+    Read,
+    /// [`Storage::write_at`].
+    Write,
+    /// [`Storage::write_durable_at`].
+    WriteDurable,
+    /// [`Storage::flush`].
+    Flush,
+    /// [`Storage::punch`].
+    Punch,
+    /// [`Storage::allocate`].
+    Allocate,
+    /// [`Storage::set_len`].
+    SetLen,
+}
+
+/// How many operations of each kind were begun, failed ones included, requests refused for their
+/// range not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// [`Op::Read`].
+    pub reads: u64,
+    /// [`Op::Write`].
+    pub writes: u64,
+    /// [`Op::WriteDurable`].
+    pub durable_writes: u64,
+    /// [`Op::Flush`].
+    pub flushes: u64,
+    /// [`Op::Punch`].
+    pub punches: u64,
+    /// [`Op::Allocate`].
+    pub allocates: u64,
+    /// [`Op::SetLen`].
+    pub set_lens: u64,
+}
+
+impl Counters {
+    /// All but the reads: the moments at which a power cut can make a difference.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.writes
+            + self.durable_writes
+            + self.flushes
+            + self.punches
+            + self.allocates
+            + self.set_lens
+    }
+
+    /// The counter of one kind.
+    #[must_use]
+    pub fn of(&self, op: Op) -> u64 {
+        let mut copy = *self;
+        *copy.slot(op)
+    }
+
+    fn slot(&mut self, op: Op) -> &mut u64 {
+        match op {
+            Op::Read => &mut self.reads,
+            Op::Write => &mut self.writes,
+            Op::WriteDurable => &mut self.durable_writes,
+            Op::Flush => &mut self.flushes,
+            Op::Punch => &mut self.punches,
+            Op::Allocate => &mut self.allocates,
+            Op::SetLen => &mut self.set_lens,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Fault {
+    op: Op,
+    /// The value of the counter of `op` at which it strikes.
+    at: u64,
+    errno: i32,
+}
+
+struct State {
+    medium: Medium,
+    counters: Counters,
+    faults: Vec<Fault>,
+    /// The value of `counters.changes()` at which the power goes.
+    cut_at: Option<u64>,
+    is_off: bool,
+    rng: Rng,
+}
+
+/// What becomes of an operation.
+enum Fate {
+    Works,
+    /// Fails, half done.
+    Fails(io::Error),
+    /// Was in flight when the power went: a crash may find any part of it.
+    Cut,
+}
+
+/// A simulated disk. See the module.
+pub struct SimStorage {
+    state: Mutex<State>,
+}
+
+fn power_is_off() -> io::Error {
+    io::Error::other("the simulated power is off")
+}
+
+impl SimStorage {
+    /// A disk of `len` zero bytes, a multiple of [`BLOCK`], all durable.
+    ///
+    /// # Panics
+    /// If the length is odd.
+    #[must_use]
+    pub fn new(len: u64) -> Self {
+        assert!(len.is_multiple_of(BLOCK), "length {len} is not in blocks");
+        Self::from_medium(Medium::new(len))
+    }
+
+    fn from_medium(medium: Medium) -> Self {
+        Self {
+            state: Mutex::new(State {
+                medium,
+                counters: Counters::default(),
+                faults: Vec::new(),
+                cut_at: None,
+                is_off: false,
+                rng: Rng(0),
+            }),
+        }
+    }
+
+    /// Seeds what a failed write leaves half done. Crashes take their own seed.
+    pub fn reseed(&self, seed: u64) {
+        self.state.lock().rng = Rng(seed);
+    }
+
+    /// Makes the operation of this kind after `skip` more of them fail with an errno. A failed
+    /// write has written some of its blocks; what a failed flush or durable write was to save is
+    /// not saved by any later flush either, as on Linux, until it is written again.
+    pub fn fail(&self, op: Op, skip: u64, errno: i32) {
+        let mut state = self.state.lock();
+        let at = state.counters.of(op) + skip;
+        state.faults.push(Fault { op, at, errno });
+    }
+
+    /// Forgets the faults planned by [`SimStorage::fail`].
+    pub fn clear_faults(&self) {
+        self.state.lock().faults.clear();
+    }
+
+    /// The host has room for this many bytes of data in all, in pages of 4 KiB; what is already
+    /// there stays. `u64::MAX` for no limit.
+    pub fn set_capacity(&self, bytes: u64) {
+        self.state.lock().medium.set_capacity(bytes);
+    }
+
+    /// The power goes during the changing operation (any but a read) after `skip` more of them.
+    /// That one was in flight: it fails, and a crash may find any part of it, or all, or nothing.
+    /// Every operation after it fails.
+    pub fn cut_power_at(&self, skip: u64) {
+        let mut state = self.state.lock();
+        state.cut_at = Some(state.counters.changes() + skip);
+    }
+
+    /// The power goes now, between two operations.
+    pub fn cut_power(&self) {
+        self.state.lock().is_off = true;
+    }
+
+    /// True after the power went.
+    #[must_use]
+    pub fn is_off(&self) -> bool {
+        self.state.lock().is_off
+    }
+
+    /// Operations so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.state.lock().counters
+    }
+
+    /// Blocks of which a crash may leave more than one version.
+    #[must_use]
+    pub fn dirty_blocks(&self) -> usize {
+        self.state.lock().medium.dirty_blocks()
+    }
+
+    /// What a crash now may leave behind: every block independently one of the versions the
+    /// contract allows, in a pattern that depends on `seed` alone. A new disk without faults, power
+    /// on, everything durable; this one is not changed.
+    #[must_use]
+    pub fn crash(&self, seed: u64) -> Self {
+        Self::from_medium(self.state.lock().medium.crash(seed))
+    }
+
+    /// As [`SimStorage::crash`], where nothing survived that no flush had saved.
+    #[must_use]
+    pub fn crash_all_lost(&self) -> Self {
+        Self::from_medium(self.state.lock().medium.crash_all_lost())
+    }
+
+    /// As [`SimStorage::crash`], where everything survived.
+    #[must_use]
+    pub fn crash_all_kept(&self) -> Self {
+        Self::from_medium(self.state.lock().medium.crash_all_kept())
+    }
+
+    /// Every distinct disk a crash now may leave behind, if there are at most `max`.
+    #[must_use]
+    pub fn images(&self, max: usize) -> Option<impl Iterator<Item = Self> + use<>> {
+        let images = self.state.lock().medium.images(max)?;
+        Some(images.map(Self::from_medium))
+    }
+
+    /// Runs `body` on the state with the fate of an operation of kind `op` on a range.
+    ///
+    /// # Errors
+    /// As `body`; the power is off; the range is not on the disk.
+    fn operate(
+        &self,
+        op: Op,
+        (offset, len): (u64, u64),
+        body: impl FnOnce(&mut State, Fate) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state.is_off {
+            return Err(power_is_off());
+        }
+        let end = offset.checked_add(len);
+        if end.is_none_or(|end| end > state.medium.len()) {
+            return Err(if op == Op::Read {
+                ErrorKind::UnexpectedEof.into()
+            } else {
+                ErrorKind::InvalidInput.into()
+            });
+        }
+        let count = state.counters.of(op);
+        let is_cut = op != Op::Read && state.cut_at == Some(state.counters.changes());
+        *state.counters.slot(op) += 1;
+        state.medium.begin();
+        let planned = |fault: &&Fault| fault.op == op && fault.at == count;
+        let fate = if is_cut {
+            state.is_off = true;
+            Fate::Cut
+        } else if let Some(fault) = state.faults.iter().find(planned) {
+            Fate::Fails(io::Error::from_raw_os_error(fault.errno))
+        } else {
+            Fate::Works
+        };
+        body(&mut state, fate)
+    }
+}
+
+impl fmt::Debug for SimStorage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state.lock();
+        f.debug_struct("SimStorage")
+            .field("len", &state.medium.len())
+            .field("dirty_blocks", &state.medium.dirty_blocks())
+            .field("counters", &state.counters)
+            .field("is_off", &state.is_off)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Storage for SimStorage {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.operate(
+            Op::Read,
+            (offset, buf.len() as u64),
+            |state, fate| match fate {
+                Fate::Works => {
+                    state.medium.read(buf, offset);
+                    Ok(())
+                }
+                Fate::Fails(error) => Err(error),
+                Fate::Cut => Err(power_is_off()),
+            },
+        )
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.operate(
+            Op::Write,
+            (offset, buf.len() as u64),
+            |state, fate| match fate {
+                Fate::Works => state.medium.write(buf, offset, || true),
+                Fate::Fails(error) => {
+                    let rng = &mut state.rng;
+                    state.medium.write(buf, offset, || rng.below(2) == 0)?;
+                    Err(error)
+                }
+                Fate::Cut => {
+                    state.medium.write(buf, offset, || true)?;
+                    Err(power_is_off())
+                }
+            },
+        )
+    }
+
+    fn write_durable_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.operate(
+            Op::WriteDurable,
+            (offset, buf.len() as u64),
+            |state, fate| match fate {
+                Fate::Works => {
+                    state.medium.write(buf, offset, || true)?;
+                    state.medium.settle(offset, buf.len());
+                    Ok(())
+                }
+                Fate::Fails(error) => {
+                    let rng = &mut state.rng;
+                    let written = state.medium.write(buf, offset, || rng.below(2) == 0);
+                    state.medium.abandon(offset, buf.len());
+                    Err(written.err().unwrap_or(error))
+                }
+                Fate::Cut => {
+                    state.medium.write(buf, offset, || true)?;
+                    Err(power_is_off())
+                }
+            },
+        )
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.operate(Op::Flush, (0, 0), |state, fate| match fate {
+            Fate::Works => {
+                state.medium.flush();
+                Ok(())
+            }
+            Fate::Fails(error) => {
+                state.medium.flush_failed();
+                Err(error)
+            }
+            Fate::Cut => Err(power_is_off()),
+        })
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.operate(Op::Punch, (offset, len), |state, fate| match fate {
+            Fate::Works => {
+                state.medium.punch(offset, len);
+                Ok(())
+            }
+            Fate::Fails(error) => Err(error),
+            Fate::Cut => {
+                state.medium.punch(offset, len);
+                Err(power_is_off())
+            }
+        })
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.operate(Op::Allocate, (offset, len), |state, fate| match fate {
+            Fate::Works => state.medium.allocate(offset, len),
+            Fate::Fails(error) => Err(error),
+            Fate::Cut => Err(power_is_off()),
+        })
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        let state = self.state.lock();
+        if state.is_off {
+            return Err(power_is_off());
+        }
+        Ok(state.medium.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if !len.is_multiple_of(BLOCK) {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        self.operate(Op::SetLen, (0, 0), |state, fate| match fate {
+            Fate::Works => {
+                state.medium.set_len(len);
+                Ok(())
+            }
+            Fate::Fails(error) => Err(error),
+            Fate::Cut => {
+                state.medium.set_len(len);
+                Err(power_is_off())
+            }
+        })
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.state.lock().medium.allocated())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        Ok(self.state.lock().medium.next_data(offset))
+    }
+
+    fn tier(&self) -> Tier {
+        Tier::Buffered
+    }
+
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const LEN: u64 = 1 << 20;
+
+    fn block(fill: u8) -> Vec<u8> {
+        vec![fill; 512]
+    }
+
+    /// The first byte of `count` blocks from `offset` on, each of which must be uniform.
+    fn fills(disk: &SimStorage, offset: u64, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count * 512];
+        disk.read_at(&mut bytes, offset).unwrap();
+        let blocks = bytes.chunks(512);
+        blocks
+            .map(|block| {
+                assert!(block.iter().all(|byte| *byte == block[0]), "torn block");
+                block[0]
+            })
+            .collect()
+    }
+
+    fn all_fills(disk: &SimStorage, count: usize) -> BTreeSet<Vec<u8>> {
+        let images = disk.images(1000).unwrap();
+        images.map(|image| fills(&image, 0, count)).collect()
+    }
+
+    #[test]
+    fn a_flush_keeps_what_was_written_before_it() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&block(1), 0).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(disk.dirty_blocks(), 0);
+        for seed in 0..50 {
+            assert_eq!(fills(&disk.crash(seed), 0, 1), [1]);
+        }
+        assert_eq!(fills(&disk.crash_all_lost(), 0, 1), [1]);
+    }
+
+    #[test]
+    fn unflushed_blocks_are_lost_torn_and_reordered_one_by_one() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&[[1; 512], [1; 512]].concat(), 0).unwrap();
+        disk.flush().unwrap();
+        disk.write_at(&[[2; 512], [2; 512]].concat(), 0).unwrap();
+        disk.write_at(&block(3), 512).unwrap();
+        let expected: BTreeSet<_> = [1, 2]
+            .iter()
+            .flat_map(|a| [1, 2, 3].map(|b| vec![*a, b]))
+            .collect();
+        assert_eq!(all_fills(&disk, 2), expected);
+        let seen: BTreeSet<_> = (0..300).map(|s| fills(&disk.crash(s), 0, 2)).collect();
+        assert_eq!(seen, expected, "300 seeds reach all six images");
+        assert_eq!(fills(&disk.crash_all_lost(), 0, 2), [1, 1]);
+        assert_eq!(fills(&disk.crash_all_kept(), 0, 2), [2, 3]);
+        assert_eq!(
+            fills(&disk, 0, 2),
+            [2, 3],
+            "a crash leaves the disk itself alone"
+        );
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_image() {
+        let disk = SimStorage::new(LEN);
+        for round in 0..20_u8 {
+            disk.write_at(&[round; 4096], u64::from(round % 7) * 2048)
+                .unwrap();
+        }
+        for seed in 0..20 {
+            assert_eq!(
+                fills(&disk.crash(seed), 0, 64),
+                fills(&disk.crash(seed), 0, 64)
+            );
+        }
+        assert!(disk.images(1000).is_none(), "too many to list");
+    }
+
+    #[test]
+    fn a_durable_write_saves_itself_and_nothing_else() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&block(1), 0).unwrap();
+        disk.write_durable_at(&block(2), 512).unwrap();
+        let expected = [vec![0, 2], vec![1, 2]];
+        assert_eq!(all_fills(&disk, 2), expected.into());
+    }
+
+    #[test]
+    fn a_punch_is_volatile_until_the_next_flush() {
+        let disk = SimStorage::new(LEN);
+        disk.write_durable_at(&[1; 8192], 0).unwrap();
+        disk.punch(0, 4096).unwrap();
+        assert_eq!(fills(&disk, 0, 9), [0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(disk.allocated().unwrap(), 4096);
+        assert_eq!(fills(&disk.crash_all_lost(), 0, 8), [1; 8]);
+        assert_eq!(all_fills(&disk, 8).len(), 256);
+        disk.flush().unwrap();
+        assert_eq!(fills(&disk.crash_all_lost(), 0, 8), [0; 8]);
+    }
+
+    #[test]
+    fn a_punch_of_unflushed_data_may_bring_back_every_older_version() {
+        let disk = SimStorage::new(LEN);
+        disk.write_durable_at(&block(1), 0).unwrap();
+        disk.write_at(&block(2), 0).unwrap();
+        disk.punch(0, 4096).unwrap();
+        assert_eq!(all_fills(&disk, 1), [vec![0], vec![1], vec![2]].into());
+    }
+
+    #[test]
+    fn a_length_is_volatile_until_flushed_or_written_durably() {
+        let disk = SimStorage::new(4096);
+        disk.set_len(8192).unwrap();
+        let lens = |disk: &SimStorage| -> BTreeSet<u64> {
+            let images = disk.images(1000).unwrap();
+            images.map(|image| image.len().unwrap()).collect()
+        };
+        assert_eq!(lens(&disk), [4096, 8192].into());
+        disk.write_durable_at(&block(1), 7680).unwrap();
+        assert_eq!(lens(&disk), [8192].into());
+        disk.set_len(0).unwrap();
+        assert_eq!(lens(&disk), [0, 8192].into());
+        assert_eq!(disk.crash_all_lost().len().unwrap(), 8192);
+        assert_eq!(fills(&disk.crash_all_lost(), 7680, 1), [1]);
+        disk.flush().unwrap();
+        assert_eq!(lens(&disk), [0].into());
+        disk.set_len(8192).unwrap();
+        assert_eq!(fills(&disk, 7680, 1), [0]);
+    }
+
+    #[test]
+    fn a_failed_flush_loses_what_it_was_to_save_even_if_tried_again() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&block(1), 0).unwrap();
+        disk.fail(Op::Flush, 0, EIO);
+        assert_eq!(disk.flush().unwrap_err().raw_os_error(), Some(EIO));
+        disk.write_at(&block(2), 512).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(all_fills(&disk, 2), [vec![0, 2], vec![1, 2]].into());
+        disk.write_at(&block(3), 0).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(all_fills(&disk, 2), [vec![3, 2]].into());
+    }
+
+    #[test]
+    fn the_nth_operation_fails_and_no_other() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&block(1), 0).unwrap();
+        disk.fail(Op::Write, 1, EIO);
+        disk.fail(Op::Read, 0, EIO);
+        assert_eq!(
+            disk.read_at(&mut block(0), 0).unwrap_err().raw_os_error(),
+            Some(EIO)
+        );
+        disk.write_at(&block(2), 0).unwrap();
+        let failed = disk.write_at(&[3; 512 * 64], 0).unwrap_err();
+        assert_eq!(failed.raw_os_error(), Some(EIO));
+        let after = fills(&disk, 0, 64);
+        assert!(
+            after.contains(&3) && !after.iter().all(|fill| *fill == 3),
+            "half done: {after:?}"
+        );
+        disk.write_at(&block(4), 0).unwrap();
+        let counters = disk.counters();
+        assert_eq!(
+            (counters.reads, counters.writes, counters.changes()),
+            (2, 4, 4)
+        );
+    }
+
+    #[test]
+    fn a_failed_durable_write_is_not_saved_by_a_flush() {
+        let disk = SimStorage::new(LEN);
+        disk.reseed(1);
+        disk.fail(Op::WriteDurable, 0, EIO);
+        assert!(disk.write_durable_at(&[1; 2048], 0).is_err());
+        disk.flush().unwrap();
+        assert!(disk.dirty_blocks() > 0);
+        assert_eq!(fills(&disk.crash_all_lost(), 0, 4), [0; 4]);
+    }
+
+    #[test]
+    fn space_runs_out_and_comes_back_by_punching() {
+        let disk = SimStorage::new(LEN);
+        disk.set_capacity(8192);
+        disk.write_at(&[1; 8192], 4096).unwrap();
+        let full = disk.write_at(&block(2), 0).unwrap_err();
+        assert_eq!(full.kind(), ErrorKind::StorageFull);
+        assert_eq!(
+            disk.allocate(0, 4096).unwrap_err().kind(),
+            ErrorKind::StorageFull
+        );
+        disk.write_at(&block(2), 4096).unwrap();
+        disk.punch(8192, 4096).unwrap();
+        disk.write_at(&block(2), 0).unwrap();
+        assert_eq!(fills(&disk, 0, 1), [2]);
+    }
+
+    #[test]
+    fn a_power_cut_leaves_the_operation_in_flight_in_any_state() {
+        let disk = SimStorage::new(LEN);
+        disk.write_durable_at(&[1; 1024], 0).unwrap();
+        disk.cut_power_at(1);
+        disk.flush().unwrap();
+        assert!(disk.write_durable_at(&[2; 1024], 0).is_err());
+        assert!(disk.is_off());
+        assert!(disk.read_at(&mut block(0), 0).is_err());
+        assert!(disk.flush().is_err());
+        assert_eq!(
+            disk.counters().changes(),
+            3,
+            "nothing is counted with the power off"
+        );
+        let expected = [vec![1, 1], vec![1, 2], vec![2, 1], vec![2, 2]];
+        assert_eq!(all_fills(&disk, 2), expected.into());
+        let reborn = disk.crash_all_lost();
+        reborn.write_at(&block(5), 0).unwrap();
+        assert_eq!(fills(&reborn, 0, 2), [5, 1]);
+    }
+
+    #[test]
+    fn a_cut_during_a_flush_saves_nothing_for_sure() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&block(1), 0).unwrap();
+        disk.cut_power_at(0);
+        assert!(disk.flush().is_err());
+        assert_eq!(all_fills(&disk, 1), [vec![0], vec![1]].into());
+    }
+
+    #[test]
+    fn a_huge_empty_disk_costs_what_was_written() {
+        let disk = SimStorage::new(1 << 50);
+        disk.write_at(&block(1), (1 << 49) + 512).unwrap();
+        disk.punch(0, 1 << 50).unwrap();
+        disk.write_at(&block(2), 1 << 49).unwrap();
+        assert_eq!(disk.allocated().unwrap(), 4096);
+        assert_eq!(
+            disk.next_data(0).unwrap(),
+            Some((1 << 49, (1 << 49) + 4096))
+        );
+        assert_eq!(disk.next_data((1 << 49) + 4096).unwrap(), None);
+    }
+}
