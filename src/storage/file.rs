@@ -445,3 +445,159 @@ impl Storage for FileStorage {
 fn is_unsupported(result: &io::Result<()>) -> bool {
     matches!(result, Err(error) if error.kind() == ErrorKind::Unsupported)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn dir() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    fn pid_of(error: &OpenError) -> Option<u32> {
+        match error {
+            OpenError::Locked { pid, .. } => *pid,
+            OpenError::NotAStore { .. } | OpenError::Length { .. } | OpenError::Io { .. } => {
+                panic!("expected a lock, found: {error}")
+            }
+        }
+    }
+
+    #[test]
+    fn a_writer_excludes_everyone_and_is_named() {
+        let dir = dir();
+        let path = dir.path().join("pool");
+        let writer = FileStorage::create_new(&path, 8192).unwrap();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let refused = FileStorage::open(&path, access).unwrap_err();
+            assert_eq!(pid_of(&refused), Some(std::process::id()));
+            let text = format!(
+                "{}: in use by process {}",
+                path.display(),
+                std::process::id()
+            );
+            assert_eq!(refused.to_string(), text);
+            assert_eq!(refused.kind(), ErrorKind::ResourceBusy);
+        }
+        drop(writer);
+        FileStorage::open(&path, Access::ReadWrite).unwrap();
+    }
+
+    #[test]
+    fn readers_share_and_exclude_a_writer() {
+        let dir = dir();
+        let path = dir.path().join("base");
+        drop(FileStorage::create_new(&path, 8192).unwrap());
+        let one = FileStorage::open(&path, Access::ReadOnly).unwrap();
+        let two = FileStorage::open(&path, Access::ReadOnly).unwrap();
+        pid_of(&FileStorage::open(&path, Access::ReadWrite).unwrap_err());
+        drop(one);
+        pid_of(&FileStorage::open(&path, Access::ReadWrite).unwrap_err());
+        drop(two);
+        FileStorage::open(&path, Access::ReadWrite).unwrap();
+    }
+
+    #[test]
+    fn a_reader_cannot_change_anything() {
+        let dir = dir();
+        let path = dir.path().join("base");
+        drop(FileStorage::create_new(&path, 8192).unwrap());
+        let base = FileStorage::open(&path, Access::ReadOnly).unwrap();
+        for refused in [
+            base.write_at(&[1], 0),
+            base.write_durable_at(&[1], 0),
+            base.punch(0, 4096),
+            base.allocate(0, 4096),
+            base.set_len(0),
+        ] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::PermissionDenied);
+        }
+        let mut byte = [7];
+        base.read_at(&mut byte, 8191).unwrap();
+        assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn what_cannot_be_a_store_is_refused_by_name() {
+        let dir = dir();
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [dir.path(), &pipe, Path::new("/dev/null")] {
+            for access in [Access::ReadOnly, Access::ReadWrite] {
+                let refused = FileStorage::open(path, access).unwrap_err();
+                assert!(matches!(refused, OpenError::NotAStore { .. }), "{refused}");
+                assert!(refused.to_string().contains(path.to_str().unwrap()));
+            }
+        }
+        let absent = FileStorage::open(dir.path().join("absent"), Access::ReadOnly).unwrap_err();
+        assert_eq!(absent.kind(), ErrorKind::NotFound);
+        assert!(
+            absent.to_string().contains("absent: cannot open"),
+            "{absent}"
+        );
+        let odd = FileStorage::create_new(dir.path().join("odd"), 1000).unwrap_err();
+        assert!(matches!(odd, OpenError::Length { want: 1000, .. }), "{odd}");
+        assert!(!dir.path().join("odd").exists());
+    }
+
+    #[test]
+    fn an_existing_file_is_never_made_anew() {
+        let dir = dir();
+        let path = dir.path().join("pool");
+        std::fs::write(&path, [7; 700]).unwrap();
+        let refused = FileStorage::create_new(&path, 8192).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&path).unwrap(), [7; 700]);
+    }
+
+    #[test]
+    fn an_odd_length_is_read_to_its_last_byte() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = dir.path().join("base");
+        std::fs::write(&path, [7; 700]).unwrap();
+        let base = FileStorage::open(&path, Access::ReadWrite).unwrap();
+        assert!(
+            !matches!(base.tier(), Tier::Direct { .. }),
+            "{:?}",
+            base.tier()
+        );
+        base.write_at(&[8], 699).unwrap();
+        let mut all = [0; 700];
+        base.read_at(&mut all, 0).unwrap();
+        assert_eq!((all[698], all[699]), (7, 8));
+        let beyond = base.read_at(&mut [0; 2], 699).unwrap_err();
+        assert_eq!(beyond.kind(), ErrorKind::UnexpectedEof);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 700);
+    }
+
+    #[test]
+    fn a_full_host_says_so() {
+        let dir = dir();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"])
+            .arg(dir.path())
+            .output();
+        if !mounted.as_ref().is_ok_and(|output| output.status.success()) {
+            eprintln!("skipped: cannot mount a small tmpfs: {mounted:?}");
+            return;
+        }
+        let store = FileStorage::create_new(dir.path().join("pool"), 1 << 20).unwrap();
+        let written = store.write_at(&vec![1; 1 << 20], 0);
+        let allocated = store.allocate(0, 1 << 20);
+        drop(store);
+        let unmounted = Command::new("umount").arg(dir.path()).status().unwrap();
+        assert!(unmounted.success());
+        assert_eq!(written.unwrap_err().kind(), ErrorKind::StorageFull);
+        assert_eq!(allocated.unwrap_err().kind(), ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn an_exhausted_quota_counts_as_full() {
+        let quota = io::Error::from(nix::errno::Errno::EDQUOT);
+        assert_eq!(full(quota).kind(), ErrorKind::StorageFull);
+        let other = io::Error::from(nix::errno::Errno::EIO);
+        assert_eq!(full(other).raw_os_error(), Some(5));
+    }
+}

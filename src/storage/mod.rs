@@ -3,6 +3,8 @@
 //! contract allows can be simulated.
 
 mod aligned;
+#[cfg(test)]
+mod conformance;
 mod file;
 mod medium;
 mod open;
