@@ -485,6 +485,18 @@ mod tests {
     }
 
     #[test]
+    fn seeds_also_keep_and_lose_whole_operations() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&[1; 8 * 512], 0).unwrap();
+        disk.write_at(&[2; 4 * 512], 0).unwrap();
+        let seen: BTreeSet<_> = (0..300).map(|s| fills(&disk.crash(s), 0, 8)).collect();
+        let (first, second, both) = ([1; 8], [2, 2, 2, 2, 0, 0, 0, 0], [2, 2, 2, 2, 1, 1, 1, 1]);
+        for image in [[0; 8], first, second, both] {
+            assert!(seen.contains(&image[..]), "{image:?}");
+        }
+    }
+
+    #[test]
     fn the_same_seed_gives_the_same_image() {
         let disk = SimStorage::new(LEN);
         for round in 0..20_u8 {
@@ -663,5 +675,76 @@ mod tests {
             Some((1 << 49, (1 << 49) + 4096))
         );
         assert_eq!(disk.next_data((1 << 49) + 4096).unwrap(), None);
+    }
+
+    /// The contract once more, as plainly as can be: for each block, what a crash may leave.
+    struct Allowed(Vec<Vec<Vec<u8>>>);
+
+    impl Allowed {
+        fn change(&mut self, offset: usize, bytes: &[u8], is_durable: bool) {
+            for block in offset / 512..(offset + bytes.len()).div_ceil(512) {
+                let versions = &mut self.0[block];
+                let mut next = versions.last().unwrap().clone();
+                for (at, slot) in next.iter_mut().enumerate() {
+                    let byte = (block * 512 + at).checked_sub(offset);
+                    if let Some(byte) = byte.and_then(|byte| bytes.get(byte)) {
+                        *slot = *byte;
+                    }
+                }
+                versions.push(next);
+                if is_durable {
+                    versions.drain(..versions.len() - 1);
+                }
+            }
+        }
+
+        fn check(&self, image: &SimStorage, when: &str) {
+            for (number, versions) in self.0.iter().enumerate() {
+                let mut found = vec![0; 512];
+                image.read_at(&mut found, number as u64 * 512).unwrap();
+                assert!(versions.contains(&found), "{when}: block {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_image_is_one_the_contract_allows() {
+        let seed = u64::from(std::process::id());
+        eprintln!("seed {seed}");
+        let mut rng = Rng(seed);
+        for life in 0..40 {
+            let size = 32 * 512;
+            let disk = SimStorage::new(size as u64);
+            let mut allowed = Allowed(vec![vec![vec![0; 512]]; 32]);
+            for step in 0..40_u8 {
+                let offset = rng.below(size);
+                let len = (1 + rng.below(3000)).min(size - offset);
+                let (at, bytes) = (offset as u64, vec![step + 1; len]);
+                match rng.below(8) {
+                    0 => {
+                        disk.write_durable_at(&bytes, at).unwrap();
+                        allowed.change(offset, &bytes, true);
+                    }
+                    1 => {
+                        disk.punch(at, len as u64).unwrap();
+                        allowed.change(offset, &vec![0; len], false);
+                    }
+                    2 => {
+                        disk.flush().unwrap();
+                        for versions in &mut allowed.0 {
+                            versions.drain(..versions.len() - 1);
+                        }
+                    }
+                    _ => {
+                        disk.write_at(&bytes, at).unwrap();
+                        allowed.change(offset, &bytes, false);
+                    }
+                }
+                let when = format!("seed {seed} life {life} step {step}");
+                allowed.check(&disk.crash(rng.next()), &when);
+                allowed.check(&disk.crash_all_lost(), &when);
+                allowed.check(&disk.crash_all_kept(), &when);
+            }
+        }
     }
 }
