@@ -143,7 +143,7 @@ impl FileStorage {
             sys::Kind::BlockDevice => sys::device_len(&file).map_err(io("measure"))?,
             sys::Kind::Regular | sys::Kind::Other => metadata.len(),
         };
-        let tier = choose_tier(&file, kind, len, caching).map_err(io("examine"))?;
+        let tier = choose_tier(&file, kind, len, access, caching).map_err(io("examine"))?;
         Ok(Self {
             file,
             path: path.to_owned(),

@@ -121,6 +121,7 @@ pub(super) fn choose_tier(
     file: &File,
     kind: sys::Kind,
     len: u64,
+    access: Access,
     caching: Caching,
 ) -> io::Result<Tier> {
     if kind == sys::Kind::Regular && sys::is_tmpfs(file)? {
@@ -137,7 +138,10 @@ pub(super) fn choose_tier(
         }
         sys::clear_direct(file)?;
     }
-    sys::advise_random(file)?;
+    if access == Access::ReadWrite {
+        // Only what is written suffers from large folios; readers are glad of the read-ahead.
+        sys::advise_random(file)?;
+    }
     Ok(Tier::Buffered)
 }
 

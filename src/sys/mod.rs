@@ -2,7 +2,7 @@
 //! safe type or function, so that every room above is plain safe Rust.
 //!
 //! - [`clock`]: the monotonic clock and the time of day.
-//! - [`file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
+//! - [`mod@file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
 //!   durable writes, holes, open-file-description locks.
 
 pub mod clock;
