@@ -2,7 +2,9 @@
 //! vhost-user-blk over io_uring. The rooms, lowest first; who may import whom is the table in
 //! `tests/tidy.rs`.
 
+pub mod cowdisk;
 pub mod format;
+pub mod pool;
 pub mod storage;
 pub mod sync;
 pub mod sys;

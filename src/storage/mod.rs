@@ -14,6 +14,7 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+pub use crate::sys::clock::unix_seconds;
 pub use aligned::AlignedBuf;
 pub use file::FileStorage;
 pub use open::{Access, Caching, OpenError};

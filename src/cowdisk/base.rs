@@ -1,0 +1,187 @@
+//! Base images: read-only raw or qcow2 files outside the pool, locked against writers, and refused
+//! when they are not what they were.
+
+use super::error::DiskError;
+use crate::format::catalogue::{BaseFormat, BaseRef};
+use crate::format::units::{SECTOR, bytes_of, len_of};
+use crate::storage::{Access, Caching, FileStorage, Storage};
+use crate::sync::{Arc, Mutex, Weak};
+use imago::file::File as ImagoFile;
+use imago::qcow2::Qcow2;
+use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// An open base image. Shared by all disks over it.
+#[derive(Debug)]
+pub struct Base {
+    reference: BaseRef,
+    len: u64,
+    /// Read for raw bases; for qcow2 it holds the lock.
+    file: FileStorage,
+    qcow2: Option<Qcow2Reader>,
+}
+
+/// The qcow2 reader of `imago`. One reader at a time: it keeps caches.
+struct Qcow2Reader(Mutex<FormatAccess<ImagoFile>>);
+
+impl std::fmt::Debug for Qcow2Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Qcow2Reader")
+    }
+}
+
+/// Bases that are open, so that a thousand forks share one descriptor and one cache.
+static OPEN: Mutex<Vec<Weak<Base>>> = Mutex::new(Vec::new());
+
+impl Base {
+    /// What `path` looks like now, as a base of `format`.
+    ///
+    /// # Errors
+    /// It cannot be looked at, or is not a file.
+    pub fn examine(path: &Path, format: BaseFormat) -> Result<BaseRef, DiskError> {
+        let shown = path.display().to_string();
+        let fault = |e: io::Error| DiskError::Base {
+            path: shown.clone(),
+            what: e.to_string(),
+        };
+        let path = path.canonicalize().map_err(fault)?;
+        let metadata = std::fs::metadata(&path).map_err(fault)?;
+        let text = path.to_str().ok_or_else(|| DiskError::Base {
+            path: shown.clone(),
+            what: "its path is not UTF-8; rename it".to_owned(),
+        })?;
+        let nanoseconds =
+            |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
+        Ok(BaseRef {
+            path: text.to_owned(),
+            format,
+            dev: metadata.dev(),
+            ino: metadata.ino(),
+            file_len: metadata.len(),
+            mtime_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+            ctime_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
+
+    /// Opens the base `reference` names, or finds it open.
+    ///
+    /// # Errors
+    /// It is missing, in use by a writer, or not what it was when it became a base.
+    pub fn open(reference: &BaseRef) -> Result<Arc<Base>, DiskError> {
+        let fault = |what: String| DiskError::Base {
+            path: reference.path.clone(),
+            what,
+        };
+        let path = Path::new(&reference.path);
+        let now = Self::examine(path, reference.format)?;
+        // The inode's own time changes when links to it are made; contents are told by the rest.
+        let is_same = BaseRef {
+            ctime_ns: reference.ctime_ns,
+            ..now.clone()
+        } == *reference;
+        if !is_same {
+            return Err(fault(format!(
+                "it has changed since it became a base ({} bytes, was {}); put the original back, \
+                 or make the disks anew",
+                now.file_len, reference.file_len
+            )));
+        }
+        let mut open = OPEN.lock();
+        open.retain(|base| base.strong_count() > 0);
+        let shared = open
+            .iter()
+            .filter_map(Weak::upgrade)
+            .find(|base| base.reference == *reference);
+        if let Some(base) = shared {
+            return Ok(base);
+        }
+        let file = FileStorage::open_with(path, Access::ReadOnly, Caching::Buffered)
+            .map_err(|e| fault(e.to_string()))?;
+        let (qcow2, len) = match reference.format {
+            BaseFormat::Raw => {
+                let len = file.len().map_err(|e| fault(e.to_string()))?;
+                (None, len)
+            }
+            BaseFormat::Qcow2 => {
+                let reader =
+                    open_qcow2(path).map_err(|e| fault(format!("not readable as qcow2: {e}")))?;
+                let len = reader.size();
+                (Some(Qcow2Reader(Mutex::new(reader))), len)
+            }
+        };
+        let base = Arc::new(Base {
+            reference: reference.clone(),
+            len,
+            file,
+            qcow2,
+        });
+        open.push(Arc::downgrade(&base));
+        Ok(base)
+    }
+
+    /// Bytes of the virtual disk in it, as they are; it reads as zeros after that.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// [`Base::len`] in whole sectors.
+    #[must_use]
+    pub fn disk_len(&self) -> u64 {
+        self.len.next_multiple_of(SECTOR)
+    }
+
+    /// What identifies it.
+    #[must_use]
+    pub fn reference(&self) -> &BaseRef {
+        &self.reference
+    }
+
+    /// Fills `buf` from byte `offset`, with zeros beyond the end. Blocks.
+    ///
+    /// # Errors
+    /// What the file system or the qcow2 reader said.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let inside = self.len.saturating_sub(offset).min(bytes_of(buf.len()));
+        let (data, zeros) = buf.split_at_mut(len_of(inside));
+        zeros.fill(0);
+        if data.is_empty() {
+            return Ok(());
+        }
+        match &self.qcow2 {
+            None => self.file.read_at(data, offset),
+            Some(reader) => reader.0.lock().read(data, offset),
+        }
+    }
+
+    /// The descriptor a ring may read itself, within [`Base::len`], if the base is raw.
+    #[must_use]
+    pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.qcow2 {
+            None => self.file.as_fd(),
+            Some(_) => None,
+        }
+    }
+
+    /// Where data may be, at or after `offset`: `(start, end)` in bytes. Only raw bases know holes.
+    ///
+    /// # Errors
+    /// What the file system said.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        match &self.qcow2 {
+            None => self.file.next_data(offset),
+            Some(_) => Ok((offset < self.len).then_some((offset, self.len))),
+        }
+    }
+}
+
+fn open_qcow2(path: &Path) -> io::Result<FormatAccess<ImagoFile>> {
+    // Backing files are opened as the image names them: whoever names a base trusts it.
+    let qcow2 = Qcow2::<ImagoFile>::builder_path(path)
+        .write(false)
+        .open(PermissiveImplicitOpenGate::default())?;
+    Ok(FormatAccess::new(qcow2))
+}

@@ -1,0 +1,134 @@
+//! Copying a little data before a write: blocks that are written only in part are brought into the
+//! disk's own cluster whole, and a cluster that is shared and only partly filled is merged with
+//! what is under it, so that no read ever looks further than two clusters down (I3). Merging
+//! copies the smaller half: at most eight blocks.
+
+use super::disk::Disk;
+use super::error::DiskError;
+use super::plan::Source;
+use crate::format::journal::Entry;
+use crate::format::units::{Cluster, Lcn, SUBS, len_of};
+use crate::pool::entry::Place;
+use crate::pool::volume::Map;
+use crate::storage::AlignedBuf;
+
+/// A copy that a write waits for. While it exists its cluster of the disk is marked as being
+/// copied into, and nothing else changes its entry. Run it with [`Disk::run_copy`].
+#[derive(Debug)]
+#[must_use = "the cluster stays blocked until the copy is run"]
+pub struct CopyJob {
+    lcn: Lcn,
+    /// The entry it was made for.
+    before: Entry,
+    /// The entry when the copy is done.
+    after: Entry,
+    /// Blocks to bring into `after.own`, and where each is.
+    copies: Vec<(u32, Source)>,
+    /// Bytes from the disk's start that may come from the base.
+    base_len: u64,
+}
+
+impl Disk {
+    /// Brings the blocks `mask` of `lcn` into its own cluster.
+    pub(super) fn copy_up(&self, map: &mut Map, lcn: Lcn, entry: Entry, mask: u16) -> CopyJob {
+        let after = Entry {
+            alloc: entry.alloc | mask,
+            zero: entry.zero & !mask,
+            ..entry
+        };
+        self.job(map, lcn, entry, after, mask, |sub| entry.place(sub))
+    }
+
+    /// Moves `lcn` to `target`, its shared cluster or what is under it copied, the other left under.
+    pub(super) fn merge(&self, map: &mut Map, lcn: Lcn, entry: Entry, target: u32) -> CopyJob {
+        let birth = self.pool().generation().0;
+        let rest = entry.rest();
+        let (copied, under) = if entry.alloc.count_ones() <= rest.count_ones() {
+            (entry.alloc, entry.under)
+        } else {
+            (rest, entry.own)
+        };
+        let after = Entry {
+            own: target,
+            under,
+            alloc: copied,
+            zero: entry.zero,
+            birth,
+        };
+        self.job(map, lcn, entry, after, copied, |sub| entry.place(sub))
+    }
+
+    fn job(
+        &self,
+        map: &mut Map,
+        lcn: Lcn,
+        before: Entry,
+        after: Entry,
+        mask: u16,
+        place: impl Fn(u32) -> Place,
+    ) -> CopyJob {
+        let subs = (0..SUBS).filter(|sub| mask >> sub & 1 == 1);
+        let copies = subs
+            .map(|sub| (sub, self.sub_source(map, lcn, place(sub), sub)))
+            .collect();
+        map.busy.entry(lcn.0).or_default().is_copying = true;
+        CopyJob {
+            lcn,
+            before,
+            after,
+            copies,
+            base_len: map.base_len,
+        }
+    }
+
+    /// Copies, then changes the entry. Blocks; needs no pass of its own, because the request that
+    /// waits for it holds one.
+    ///
+    /// # Errors
+    /// The store or base failed; the disk is as it was.
+    #[expect(clippy::needless_pass_by_value, reason = "a job is run once")]
+    pub fn run_copy(&self, job: CopyJob) -> Result<(), DiskError> {
+        let moved = self.move_blocks(&job);
+        let pool = self.pool();
+        pool.mark_written();
+        let mut map = self.volume().map.write();
+        let is_new_cluster = job.after.own != job.before.own;
+        if moved.is_ok() {
+            assert_eq!(
+                map.get(job.lcn),
+                job.before,
+                "a cluster being copied into is left alone"
+            );
+            map.set(&pool.space, job.lcn, job.after, pool.generation());
+        } else if is_new_cluster {
+            pool.space.give_back(job.after.own..job.after.own + 1, true);
+        }
+        map.end_copy(job.lcn);
+        pool.list_changes(self.volume(), &mut map);
+        moved
+    }
+
+    fn move_blocks(&self, job: &CopyJob) -> Result<(), DiskError> {
+        let size = self.pool().cluster_size();
+        let sub_len = size.sub_bytes();
+        let mut block = AlignedBuf::new(len_of(sub_len));
+        for (sub, source) in &job.copies {
+            self.read_block(*source, job.base_len, &mut block)?;
+            let to = size.offset(Cluster(job.after.own)) + u64::from(*sub) * sub_len;
+            let written = self.pool().storage().write_at(&block, to);
+            written.map_err(DiskError::io("copying a block"))?;
+        }
+        Ok(())
+    }
+
+    /// A block, zeros where it lies beyond what the base may give.
+    fn read_block(&self, source: Source, base_len: u64, block: &mut [u8]) -> Result<(), DiskError> {
+        let Source::Base(at) = source else {
+            return self.read_source(source, block);
+        };
+        let inside = len_of(base_len.saturating_sub(at)).min(block.len());
+        let (data, zeros) = block.split_at_mut(inside);
+        zeros.fill(0);
+        self.read_source(source, data)
+    }
+}

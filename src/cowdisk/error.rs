@@ -1,0 +1,133 @@
+//! What can go wrong with a disk, sorted by what a caller can do about it.
+
+use crate::pool::{PoolError, PoolErrorKind};
+use std::io;
+
+/// Why a disk refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// Beyond the end, or not whole sectors.
+    #[error("bytes {offset}..{} are not within the disk's {size}, or not whole sectors of 512", offset.saturating_add(*len))]
+    OutOfRange {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the disk.
+        size: u64,
+    },
+    /// A snapshot, or a pool open for reading only.
+    #[error("`{name}` is read-only")]
+    ReadOnly {
+        /// The disk.
+        name: String,
+    },
+    /// The disk was deleted while it was open.
+    #[error("`{name}` was deleted")]
+    Deleted {
+        /// The disk.
+        name: String,
+    },
+    /// No space in the pool, or on the host.
+    #[error("no space left in the pool")]
+    NoSpace,
+    /// The disk's own limit.
+    #[error(
+        "`{name}` has reached its limit of {limit} bytes; raise it with `tidepool disk set --limit`"
+    )]
+    LimitReached {
+        /// The disk.
+        name: String,
+        /// Bytes.
+        limit: u64,
+    },
+    /// The base image is not what it was, or cannot be read.
+    #[error("base image {path}: {what}")]
+    Base {
+        /// Its path.
+        path: String,
+        /// What is wrong, and what to do.
+        what: String,
+    },
+    /// The store below failed.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// What the store said.
+        source: io::Error,
+    },
+    /// The pool refused.
+    #[error(transparent)]
+    Pool(PoolError),
+}
+
+/// What a caller can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskErrorKind {
+    /// Stay within the disk.
+    OutOfRange,
+    /// Not write.
+    ReadOnly,
+    /// Close the handle.
+    Deleted,
+    /// Make space, or wait for it.
+    NoSpace,
+    /// Raise the limit.
+    LimitReached,
+    /// See to the base image.
+    Base,
+    /// See to the storage.
+    Io,
+    /// Reopen the pool.
+    Poisoned,
+    /// Correct the request.
+    Request,
+    /// Repair the pool.
+    Damaged,
+}
+
+impl From<PoolError> for DiskError {
+    fn from(error: PoolError) -> Self {
+        match error.kind() {
+            PoolErrorKind::NoSpace => DiskError::NoSpace,
+            PoolErrorKind::Request | PoolErrorKind::Storage | PoolErrorKind::Damaged => {
+                DiskError::Pool(error)
+            }
+        }
+    }
+}
+
+impl DiskError {
+    /// What a caller can do.
+    #[must_use]
+    pub fn kind(&self) -> DiskErrorKind {
+        match self {
+            DiskError::OutOfRange { .. } => DiskErrorKind::OutOfRange,
+            DiskError::ReadOnly { .. } => DiskErrorKind::ReadOnly,
+            DiskError::Deleted { .. } => DiskErrorKind::Deleted,
+            DiskError::NoSpace => DiskErrorKind::NoSpace,
+            DiskError::LimitReached { .. } => DiskErrorKind::LimitReached,
+            DiskError::Base { .. } => DiskErrorKind::Base,
+            DiskError::Io { .. } => DiskErrorKind::Io,
+            DiskError::Pool(PoolError::Poisoned { .. }) => DiskErrorKind::Poisoned,
+            DiskError::Pool(error) => match error.kind() {
+                PoolErrorKind::Request => DiskErrorKind::Request,
+                PoolErrorKind::NoSpace => DiskErrorKind::NoSpace,
+                PoolErrorKind::Storage => DiskErrorKind::Io,
+                PoolErrorKind::Damaged => DiskErrorKind::Damaged,
+            },
+        }
+    }
+
+    /// For `map_err` on a store's result: running out of space is told apart.
+    pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> DiskError {
+        move |source| {
+            if source.kind() == io::ErrorKind::StorageFull {
+                DiskError::NoSpace
+            } else {
+                DiskError::Io { action, source }
+            }
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! Creating, removing and changing disks.
+
+use super::base::Base;
+use super::disk::Disk;
+use super::error::DiskError;
+use crate::format::catalogue::{BaseFormat, Row, RowKind, check_name};
+use crate::format::journal::Record;
+use crate::format::units::{Generation, Lcn, SECTOR};
+use crate::pool::catalogue::Item;
+use crate::pool::commit::Transaction;
+use crate::pool::map::Tree;
+use crate::pool::volume::Volume;
+use crate::pool::{Pool, PoolError};
+use crate::storage::unix_seconds;
+use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
+use std::path::PathBuf;
+
+/// A disk to be made.
+#[derive(Debug, Clone)]
+pub struct NewDisk {
+    /// Its name.
+    pub name: String,
+    /// Bytes, rounded up to sectors; the base's size if `None`.
+    pub size: Option<u64>,
+    /// What it reads as where it was not written, instead of zeros.
+    pub base: Option<(PathBuf, BaseFormat)>,
+    /// Most bytes of data it may hold of its own.
+    pub limit: Option<u64>,
+    /// Bytes of pool space kept for it.
+    pub reserve: Option<u64>,
+    /// Flushes need not reach the device.
+    pub is_ephemeral: bool,
+}
+
+impl NewDisk {
+    /// A view over zeros.
+    #[must_use]
+    pub fn empty(name: &str, size: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            size: Some(size),
+            base: None,
+            limit: None,
+            reserve: None,
+            is_ephemeral: false,
+        }
+    }
+}
+
+/// Makes a disk.
+///
+/// # Errors
+/// A name that is taken or impossible, a size out of range, a base that cannot be read, a reserve
+/// the pool has no space for, or as [`Pool::flush`].
+pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
+    check_name(&new.name, RowKind::Disk).map_err(PoolError::invalid)?;
+    let reference = new
+        .base
+        .as_ref()
+        .map(|(path, format)| Base::examine(path, *format));
+    let base = reference.transpose()?;
+    let base_len = base
+        .as_ref()
+        .map(|base| Base::open(base).map(|base| base.disk_len()));
+    let base_len = base_len.transpose()?.unwrap_or(0);
+    let size = new.size.unwrap_or(base_len).next_multiple_of(SECTOR);
+    check_size(pool, size)?;
+    pool.transact(&[], |transaction| {
+        pool.with_catalogue(|all| all.check_free(&new.name))?;
+        check_reserve(pool, new.reserve, 0)?;
+        let id = transaction.new_id()?;
+        let row = Row {
+            id,
+            name: new.name.clone(),
+            kind: RowKind::Disk,
+            parent: None,
+            family: id,
+            size,
+            created: unix_seconds(),
+            birth_generation: Generation(0),
+            base: base.clone(),
+            base_len: base_len.min(size),
+            limit: new.limit,
+            reserve: new.reserve,
+            is_ephemeral: new.is_ephemeral,
+        };
+        let (tree, none) = (Tree::default(), Generation(0));
+        let volume = Arc::new(Volume::new(&row, tree, none, none, pool.cluster_size()));
+        volume
+            .map
+            .write()
+            .apply_quota(&row, pool.cluster_size(), &pool.space);
+        transaction.record(&Record::Row(Box::new(row.clone())))?;
+        pool.change_catalogue(|all| all.put(row, &volume));
+        Ok(())
+    })?;
+    Ok(())
+}
+
+fn check_size(pool: &Pool, size: u64) -> Result<(), DiskError> {
+    let most = pool.cluster_size().disk_bytes_max();
+    if size == 0 || size > most {
+        let what = format!("a disk has 512 to {most} bytes, not {size}");
+        return Err(PoolError::invalid(what).into());
+    }
+    Ok(())
+}
+
+/// `Err` unless `reserve` bytes, of which `have` clusters are kept already, can be kept.
+fn check_reserve(pool: &Pool, reserve: Option<u64>, have: u32) -> Result<(), PoolError> {
+    let Some(bytes) = reserve else { return Ok(()) };
+    let size = pool.cluster_size();
+    let clusters = size.count(bytes).unwrap_or(u32::MAX);
+    let can = pool.space.reservable().saturating_add(have);
+    if clusters > can {
+        return Err(PoolError::invalid(format!(
+            "{bytes} bytes cannot be reserved: the pool has {} free and not reserved",
+            u64::from(can) * size.bytes()
+        )));
+    }
+    Ok(())
+}
+
+/// `Err` if the disk or snapshot is open.
+pub(super) fn check_unused(item: &Item) -> Result<(), PoolError> {
+    match item.volume.opens.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        _ => Err(PoolError::InUse {
+            name: item.row.name.clone(),
+        }),
+    }
+}
+
+/// Removes the disk or snapshot `name`; with `is_cascading` the snapshots of a disk too. Forks live
+/// on: they share map nodes and clusters, and depend on nothing else. The space comes back as it is
+/// released.
+///
+/// # Errors
+/// No such disk, in use, it has snapshots, or as [`Pool::flush`].
+pub fn remove(pool: &Arc<Pool>, name: &str, is_cascading: bool) -> Result<(), DiskError> {
+    let mut items = vec![pool.find(name)?];
+    items.extend(pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect::<Vec<_>>()));
+    let drained: Vec<_> = items.iter().map(|item| Arc::clone(&item.volume)).collect();
+    pool.transact(&drained, |transaction| {
+        let snapshots: Vec<Item> =
+            pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect());
+        let first = pool.find(name)?;
+        let is_same = first.row.id == items[0].row.id && snapshots.len() + 1 == items.len();
+        if !is_same {
+            return Err(PoolError::InUse {
+                name: name.to_owned(),
+            });
+        }
+        if !(snapshots.is_empty() || is_cascading) {
+            let names = snapshots.into_iter().map(|item| item.row.name).collect();
+            return Err(PoolError::HasDependents {
+                name: name.to_owned(),
+                names,
+            });
+        }
+        check_unused(&first)?;
+        snapshots.iter().try_for_each(check_unused)?;
+        snapshots
+            .iter()
+            .chain([&first])
+            .try_for_each(|item| delete(transaction, item))
+    })?;
+    Ok(())
+}
+
+fn delete(transaction: &mut Transaction<'_>, item: &Item) -> Result<(), PoolError> {
+    let pool = transaction.pool;
+    transaction.record(&Record::Delete { disk: item.row.id })?;
+    let mut map = item.volume.map.write();
+    map.is_deleted = true;
+    map.replace_tree(Tree::default());
+    transaction.discard_changes(&mut map);
+    map.drop_slab(&pool.space);
+    pool.space.change_disk_reserve(-i64::from(map.reserve_left));
+    map.reserve_left = 0;
+    drop(map);
+    pool.change_catalogue(|all| all.remove(item.row.id));
+    Ok(())
+}
+
+/// Renames a disk; its snapshots follow.
+///
+/// # Errors
+/// No such disk, a name that is taken or impossible, or as [`Pool::flush`].
+pub fn rename(pool: &Arc<Pool>, name: &str, new_name: &str) -> Result<(), DiskError> {
+    let kind = pool.find(name)?.row.kind;
+    check_name(new_name, kind).map_err(PoolError::invalid)?;
+    let prefix = |name: &str| name.split('@').next().map(str::to_owned);
+    if kind == RowKind::Snapshot && prefix(name) != prefix(new_name) {
+        let what = format!("`{name}` is a snapshot; it stays with its disk: name it DISK@NEW");
+        return Err(PoolError::invalid(what).into());
+    }
+    pool.transact(&[], |transaction| {
+        let item = pool.find(name)?;
+        pool.with_catalogue(|all| all.check_free(new_name))?;
+        let mut items = vec![(item, new_name.to_owned())];
+        let snapshots: Vec<Item> =
+            pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect());
+        items.extend(snapshots.into_iter().map(|item| {
+            let snapshot = item
+                .row
+                .name
+                .split('@')
+                .nth(1)
+                .unwrap_or_default()
+                .to_owned();
+            (item, format!("{new_name}@{snapshot}"))
+        }));
+        for (item, name) in items {
+            put_row(
+                transaction,
+                &item,
+                Row {
+                    name,
+                    ..item.row.clone()
+                },
+            )?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+fn put_row(transaction: &mut Transaction<'_>, item: &Item, row: Row) -> Result<(), PoolError> {
+    transaction.record(&Record::Row(Box::new(row.clone())))?;
+    transaction
+        .pool
+        .change_catalogue(|all| all.put(row, &item.volume));
+    Ok(())
+}
+
+/// Changes the size of a disk. Growth reads as zeros; what a smaller size cuts off is discarded,
+/// and needs `may_shrink`.
+///
+/// # Errors
+/// No such disk, a snapshot, a size out of range, in use (to shrink), or as [`Pool::flush`].
+pub fn resize(pool: &Arc<Pool>, name: &str, size: u64, may_shrink: bool) -> Result<(), DiskError> {
+    let size = size.next_multiple_of(SECTOR);
+    check_size(pool, size)?;
+    let item = writable(pool, name)?;
+    if size < item.row.size && may_shrink {
+        zero_cut_block(pool, &item, size)?;
+    }
+    pool.transact(&[Arc::clone(&item.volume)], |transaction| {
+        let item = pool.find(name)?;
+        let old = item.row.size;
+        if size < old {
+            if !may_shrink {
+                return Err(PoolError::invalid(format!(
+                    "`{name}` has {old} bytes; making it {size} discards its end: use --shrink"
+                )));
+            }
+            check_unused(&item)?;
+        }
+        let base_len = item.row.base_len.min(size);
+        let row = Row {
+            size,
+            base_len,
+            ..item.row.clone()
+        };
+        let mut map = item.volume.map.write();
+        if size < old {
+            cut_off(pool, &mut map, size);
+        }
+        map.size = size;
+        map.base_len = base_len;
+        transaction.collect(&mut map)?;
+        drop(map);
+        put_row(transaction, &item, row)
+    })?;
+    Ok(())
+}
+
+/// Zeroes the end of the block that a smaller size cuts in two, so that it reads as zeros if the
+/// disk grows again.
+fn zero_cut_block(pool: &Arc<Pool>, item: &Item, len: u64) -> Result<(), DiskError> {
+    check_unused(item)?;
+    let end = len
+        .next_multiple_of(pool.cluster_size().sub_bytes())
+        .min(item.row.size);
+    if len < end {
+        let disk = Disk::open(pool, &item.row.name)?;
+        disk.write_zeroes(len, end - len, true)?;
+    }
+    Ok(())
+}
+
+/// Discards what is beyond `len` bytes. The rest of a cluster cut in two becomes zeros, so that it
+/// reads as zeros if the disk grows again.
+fn cut_off(pool: &Pool, map: &mut crate::pool::volume::Map, len: u64) {
+    let size = pool.cluster_size();
+    let now = pool.generation();
+    let (last, within) = size.split(len);
+    let first_gone = if within == 0 { last } else { Lcn(last.0 + 1) };
+    let end = size.count(map.size).unwrap_or(u32::MAX);
+    if first_gone.0 < end {
+        map.unmap(
+            &pool.space,
+            first_gone,
+            end - first_gone.0,
+            size,
+            pool.zero_leaf(),
+            now,
+        );
+    }
+    if within != 0 {
+        let cluster = u32::try_from(size.bytes()).unwrap_or(u32::MAX);
+        let mask = size.covered(within, cluster);
+        let old = map.get(last);
+        let new = crate::format::journal::Entry {
+            alloc: old.alloc & !mask,
+            zero: old.zero | mask,
+            ..old
+        };
+        if new != old {
+            map.set(&pool.space, last, new, now);
+        }
+    }
+}
+
+fn writable(pool: &Pool, name: &str) -> Result<Item, DiskError> {
+    let item = pool.find(name)?;
+    if item.row.kind == RowKind::Snapshot {
+        return Err(DiskError::ReadOnly {
+            name: name.to_owned(),
+        });
+    }
+    Ok(item)
+}
+
+/// What [`set`] changes; `None` leaves a value, `Some(None)` removes it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Settings {
+    /// Most bytes of data the disk may hold of its own.
+    pub limit: Option<Option<u64>>,
+    /// Bytes of pool space kept for it.
+    pub reserve: Option<Option<u64>>,
+    /// Flushes need not reach the device. Takes effect when the disk is next opened.
+    pub is_ephemeral: Option<bool>,
+}
+
+/// Changes a disk's settings.
+///
+/// # Errors
+/// No such disk, a snapshot, a reserve the pool has no space for, or as [`Pool::flush`].
+pub fn set(pool: &Arc<Pool>, name: &str, settings: &Settings) -> Result<(), DiskError> {
+    let item = writable(pool, name)?;
+    pool.transact(&[Arc::clone(&item.volume)], |transaction| {
+        let item = pool.find(name)?;
+        let row = Row {
+            limit: settings.limit.unwrap_or(item.row.limit),
+            reserve: settings.reserve.unwrap_or(item.row.reserve),
+            is_ephemeral: settings.is_ephemeral.unwrap_or(item.row.is_ephemeral),
+            ..item.row.clone()
+        };
+        let mut map = item.volume.map.write();
+        check_reserve(pool, settings.reserve.flatten(), map.reserve_left)?;
+        map.apply_quota(&row, pool.cluster_size(), &pool.space);
+        drop(map);
+        put_row(transaction, &item, row)
+    })?;
+    Ok(())
+}

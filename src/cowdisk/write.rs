@@ -1,0 +1,319 @@
+//! Planning a write. Four cases, cluster by cluster:
+//!
+//! - *overwrite*: the blocks are allocated in a cluster that is this disk's alone. Under the read
+//!   lock, without any change.
+//! - *fill*: the cluster is this disk's alone, the blocks are not allocated: written, and their
+//!   bits set at completion (I2, R1).
+//! - *new*: a cluster is taken, and hung over what was there.
+//! - *copy*: some data must be moved first: blocks that are only written in part, and clusters that
+//!   are shared and would become three deep ([`super::copy`]). Then the write is planned again.
+
+use super::copy::CopyJob;
+use super::disk::Disk;
+use super::error::DiskError;
+use super::pass::Pass;
+use super::plan::{Piece, pieces};
+use crate::format::journal::Entry;
+use crate::format::units::Lcn;
+use crate::pool::PoolErrorKind;
+use crate::pool::volume::Map;
+use std::task::Waker;
+
+/// What to do next with a request that was planned.
+#[derive(Debug)]
+pub enum Step {
+    /// Write the plan's segments, then [`Disk::complete_write`].
+    Ready,
+    /// It is done: it only changed metadata.
+    Done,
+    /// Run [`Disk::run_copy`], pass in hand, where blocking is allowed; then plan again.
+    Copy(CopyJob),
+    /// Give the pass back, and use the blocking face where blocking is allowed.
+    Blocking,
+    /// Another request is in the way: give the pass back, and plan again when woken.
+    Busy,
+    /// The pool is full: give the pass back, and plan again when woken, or give up.
+    Full,
+}
+
+/// A part of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteSegment {
+    /// First byte, within the request.
+    pub at: u32,
+    /// Bytes.
+    pub len: u32,
+    /// Byte of the pool's file it goes to.
+    pub to: u64,
+}
+
+/// Blocks that a write will allocate when it completes.
+#[derive(Debug, Clone, Copy)]
+struct Fill {
+    lcn: Lcn,
+    own: u32,
+    mask: u16,
+    /// Of `mask`, those counted for the quota when planned.
+    counted: u16,
+}
+
+/// Where a write goes. Reusable: its memory is kept from one request to the next.
+#[derive(Debug, Default)]
+pub struct WritePlan {
+    segments: Vec<WriteSegment>,
+    fills: Vec<Fill>,
+}
+
+impl WritePlan {
+    /// What to write, in order.
+    #[must_use]
+    pub fn segments(&self) -> &[WriteSegment] {
+        &self.segments
+    }
+
+    fn push(&mut self, segment: WriteSegment) {
+        if let Some(last) = self.segments.last_mut() {
+            if last.to + u64::from(last.len) == segment.to {
+                last.len += segment.len;
+                return;
+            }
+        }
+        self.segments.push(segment);
+    }
+}
+
+/// Why planning stopped.
+enum Stop {
+    Step(Step),
+    Error(DiskError),
+}
+
+impl Disk {
+    /// Plans a write of `[offset, offset + len)`. `plan` is cleared first. After [`Step::Ready`],
+    /// [`Disk::complete_write`] must be called exactly once.
+    ///
+    /// # Errors
+    /// Out of range, read-only, deleted, poisoned, or over the disk's limit.
+    pub fn plan_write(
+        &self,
+        _pass: &Pass,
+        offset: u64,
+        len: u32,
+        plan: &mut WritePlan,
+        waker: &Waker,
+    ) -> Result<Step, DiskError> {
+        debug_assert!(plan.fills.is_empty(), "the last write was completed");
+        plan.segments.clear();
+        if self.is_read_only() {
+            return Err(DiskError::ReadOnly { name: self.name() });
+        }
+        self.pool().check_poison()?;
+        {
+            let map = self.volume().map.read();
+            self.check_range(&map, offset, u64::from(len))?;
+            if self.plan_overwrite(&map, offset, len, plan) {
+                return Ok(Step::Ready);
+            }
+        }
+        plan.segments.clear();
+        let mut map = self.volume().map.write();
+        self.check_range(&map, offset, u64::from(len))?;
+        let mut stopped = None;
+        for piece in pieces(self, offset, len) {
+            if let Err(stop) = self.plan_write_piece(&mut map, piece, plan) {
+                stopped = Some(stop);
+                break;
+            }
+        }
+        self.pool().list_changes(self.volume(), &mut map);
+        match stopped {
+            None => Ok(Step::Ready),
+            Some(Stop::Error(e)) => {
+                undo(&mut map, plan);
+                Err(e)
+            }
+            Some(Stop::Step(step)) => {
+                undo(&mut map, plan);
+                if matches!(step, Step::Busy) {
+                    map.waiting.push(waker.clone());
+                }
+                drop(map);
+                if matches!(step, Step::Full) {
+                    self.pool().space.wait_for_space(waker);
+                }
+                Ok(step)
+            }
+        }
+    }
+
+    /// Every block is allocated in this disk's own clusters: no lock but the read lock, no change.
+    fn plan_overwrite(&self, map: &Map, offset: u64, len: u32, plan: &mut WritePlan) -> bool {
+        let size = self.pool().cluster_size();
+        for piece in pieces(self, offset, len) {
+            let entry = map.get(piece.lcn);
+            let touched = size.touched(piece.from, piece.to);
+            if !map.is_own(&entry) || touched & !entry.alloc != 0 {
+                return false;
+            }
+            self.push_segment(plan, piece, entry.own);
+        }
+        true
+    }
+
+    fn push_segment(&self, plan: &mut WritePlan, piece: Piece, own: u32) {
+        let to = self.pool_offset(own, piece.from);
+        plan.push(WriteSegment {
+            at: piece.at,
+            len: piece.to - piece.from,
+            to,
+        });
+    }
+
+    fn plan_write_piece(
+        &self,
+        map: &mut Map,
+        piece: Piece,
+        plan: &mut WritePlan,
+    ) -> Result<(), Stop> {
+        let pool = self.pool();
+        let size = pool.cluster_size();
+        let now = pool.generation();
+        let busy = map.busy.get(&piece.lcn.0).copied().unwrap_or_default();
+        if busy.is_copying {
+            return Err(Stop::Step(Step::Busy));
+        }
+        let mut entry = map.get(piece.lcn);
+        let is_own =
+            map.is_own(&entry) || (entry.own != 0 && map.claim(&pool.space, piece.lcn, now));
+        entry = map.get(piece.lcn);
+        let touched = size.touched(piece.from, piece.to);
+        let covered = size.covered(piece.from, piece.to);
+        if !is_own {
+            self.check_limit(map, covered)?;
+            entry = self.hang_new(map, piece.lcn, entry)?;
+        }
+        let missing = touched & !entry.alloc;
+        let in_part = missing & !covered;
+        if in_part != 0 {
+            if busy.fills > 0 {
+                return Err(Stop::Step(Step::Busy));
+            }
+            self.check_limit(map, in_part)?;
+            let job = self.copy_up(map, piece.lcn, entry, in_part);
+            return Err(Stop::Step(Step::Copy(job)));
+        }
+        if missing != 0 {
+            self.check_limit(map, missing)?;
+            map.busy.entry(piece.lcn.0).or_default().fills += 1;
+            let counted = missing;
+            map.used_subs += u64::from(counted.count_ones());
+            plan.fills.push(Fill {
+                lcn: piece.lcn,
+                own: entry.own,
+                mask: touched,
+                counted,
+            });
+        }
+        self.push_segment(plan, piece, entry.own);
+        Ok(())
+    }
+
+    fn check_limit(&self, map: &Map, more: u16) -> Result<(), Stop> {
+        match map.limit_subs {
+            Some(limit) if map.used_subs + u64::from(more.count_ones()) > limit => {
+                let limit = limit * self.pool().cluster_size().sub_bytes();
+                Err(Stop::Error(DiskError::LimitReached {
+                    name: self.name(),
+                    limit,
+                }))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Hangs a new cluster over what `entry` says, or asks for a copy if that would be three deep.
+    fn hang_new(&self, map: &mut Map, lcn: Lcn, entry: Entry) -> Result<Entry, Stop> {
+        let pool = self.pool();
+        let take = |map: &mut Map| {
+            map.take_cluster(&pool.space).map_err(|e| match e.kind() {
+                PoolErrorKind::NoSpace => Stop::Step(Step::Full),
+                PoolErrorKind::Request | PoolErrorKind::Storage | PoolErrorKind::Damaged => {
+                    Stop::Error(e.into())
+                }
+            })
+        };
+        let birth = pool.generation().0;
+        let rest = entry.rest();
+        let new = if entry.alloc == 0 {
+            // Nothing of its own: what is under stays under.
+            Entry {
+                own: take(map)?,
+                birth,
+                ..entry
+            }
+        } else if rest == 0 || !self.has_data_below(map, lcn, &entry) {
+            // Everything not in the old cluster is zeros: the old cluster goes under.
+            let zero = entry.zero | rest;
+            Entry {
+                own: take(map)?,
+                under: entry.own,
+                alloc: 0,
+                zero,
+                birth,
+            }
+        } else {
+            let target = take(map)?;
+            return Err(Stop::Step(Step::Copy(self.merge(map, lcn, entry, target))));
+        };
+        map.set(&pool.space, lcn, new, pool.generation());
+        Ok(new)
+    }
+
+    /// Whether sub-clusters in neither mask may hold data: in `under`, or in the base.
+    fn has_data_below(&self, map: &Map, lcn: Lcn, entry: &Entry) -> bool {
+        let begins = self.pool().cluster_size().disk_offset(lcn);
+        entry.under != 0 || (self.base().is_some() && begins < map.base_len)
+    }
+
+    /// Ends a planned write: with `is_ok` its blocks are allocated from now on; without, they are
+    /// as they were, and their contents are anything the write may have left.
+    pub fn complete_write(&self, plan: &mut WritePlan, is_ok: bool) {
+        let pool = self.pool();
+        // Before the bits are set: the flush that makes them durable must cover the data (R2).
+        pool.mark_written();
+        if plan.fills.is_empty() {
+            return;
+        }
+        let now = pool.generation();
+        let mut map = self.volume().map.write();
+        for fill in plan.fills.drain(..) {
+            let entry = map.get(fill.lcn);
+            map.used_subs = map
+                .used_subs
+                .saturating_sub(u64::from(fill.counted.count_ones()));
+            // The cluster may have been discarded meanwhile: then the write came first.
+            if is_ok && entry.own == fill.own {
+                let alloc = entry.alloc | fill.mask;
+                let new = Entry {
+                    alloc,
+                    zero: entry.zero & !fill.mask,
+                    ..entry
+                };
+                map.set(&pool.space, fill.lcn, new, now);
+            }
+            map.end_fill(fill.lcn);
+        }
+        pool.list_changes(self.volume(), &mut map);
+    }
+}
+
+/// Takes back what a plan marked before it stopped.
+fn undo(map: &mut Map, plan: &mut WritePlan) {
+    plan.segments.clear();
+    for fill in plan.fills.drain(..) {
+        map.used_subs = map
+            .used_subs
+            .saturating_sub(u64::from(fill.counted.count_ones()));
+        map.end_fill(fill.lcn);
+    }
+}

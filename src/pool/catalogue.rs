@@ -1,0 +1,168 @@
+//! The disks and snapshots of a pool by identity and by name.
+
+use super::error::PoolError;
+use super::map::Tree;
+use super::volume::Volume;
+use crate::format::catalogue::{Row, RowKind};
+use crate::format::journal::Record;
+use crate::format::units::{ClusterSize, DiskId, Generation};
+use crate::sync::Arc;
+use std::collections::BTreeMap;
+
+/// A disk or snapshot: what it is, and its map.
+#[derive(Debug, Clone)]
+pub struct Item {
+    /// What it is.
+    pub row: Row,
+    /// Its map and requests.
+    pub volume: Arc<Volume>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Catalogue {
+    items: BTreeMap<DiskId, Item>,
+    names: BTreeMap<String, DiskId>,
+}
+
+impl Catalogue {
+    /// By identity.
+    #[must_use]
+    pub fn get(&self, id: DiskId) -> Option<&Item> {
+        self.items.get(&id)
+    }
+
+    /// By name.
+    ///
+    /// # Errors
+    /// [`PoolError::NotFound`].
+    pub fn find(&self, name: &str) -> Result<&Item, PoolError> {
+        let id = self.names.get(name);
+        id.and_then(|id| self.items.get(id))
+            .ok_or_else(|| PoolError::NotFound {
+                name: name.to_owned(),
+            })
+    }
+
+    /// `Err` if the name is taken.
+    ///
+    /// # Errors
+    /// [`PoolError::Exists`].
+    pub fn check_free(&self, name: &str) -> Result<(), PoolError> {
+        match self.names.contains_key(name) {
+            true => Err(PoolError::Exists {
+                name: name.to_owned(),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// All, in the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = &Item> {
+        self.names.values().filter_map(|id| self.items.get(id))
+    }
+
+    /// The snapshots of the disk `name`.
+    pub fn snapshots_of<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Item> + use<'a> {
+        let prefix = format!("{name}@");
+        self.iter()
+            .filter(move |item| item.row.name.starts_with(&prefix))
+    }
+
+    /// Adds an item, or changes the row of one that is there.
+    pub fn put(&mut self, row: Row, volume: &Arc<Volume>) {
+        if let Some(old) = self.items.get(&row.id) {
+            self.names.remove(&old.row.name);
+        }
+        self.names.insert(row.name.clone(), row.id);
+        let volume = Arc::clone(volume);
+        self.items.insert(row.id, Item { row, volume });
+    }
+
+    /// Takes an item out; its children become children of its parent.
+    pub fn remove(&mut self, id: DiskId) -> Option<Item> {
+        let item = self.items.remove(&id)?;
+        self.names.remove(&item.row.name);
+        for child in self
+            .items
+            .values_mut()
+            .filter(|child| child.row.parent == Some(id))
+        {
+            child.row.parent = item.row.parent;
+        }
+        Some(item)
+    }
+
+    /// Replays one record on top of what is here. Only at open: nothing is in flight, and counts
+    /// are derived afterwards.
+    ///
+    /// # Errors
+    /// A record that does not fit what is here.
+    pub fn replay(
+        &mut self,
+        record: Record,
+        replay: &mut super::open::Replay,
+        size: ClusterSize,
+    ) -> Result<(), PoolError> {
+        let unknown =
+            |id: DiskId| PoolError::damaged(format!("a record of disk {id}, which is not there"));
+        match record {
+            Record::Row(row) => {
+                replay.next_disk = replay.next_disk.max(row.id.0.saturating_add(1));
+                match self.items.get(&row.id).map(|item| Arc::clone(&item.volume)) {
+                    Some(volume) => {
+                        volume.map.write().replay_row(&row);
+                        self.put(*row, &volume);
+                    }
+                    None => {
+                        let (tree, none) = (Tree::default(), Generation(0));
+                        let volume = Volume::new(&row, tree, none, none, size);
+                        self.put(*row, &Arc::new(volume));
+                    }
+                }
+            }
+            Record::Map { disk, lcn, entry } => {
+                let item = self.items.get(&disk).ok_or_else(|| unknown(disk))?;
+                item.volume.map.write().replay_entry(replay, lcn, entry);
+            }
+            Record::Unmap {
+                disk,
+                first,
+                count,
+                is_zeroed,
+            } => {
+                let item = self.items.get(&disk).ok_or_else(|| unknown(disk))?;
+                item.volume
+                    .map
+                    .write()
+                    .replay_unmap(replay, first, count, is_zeroed);
+            }
+            Record::Fork {
+                from,
+                to,
+                generation,
+            } => {
+                let source = self.items.get(&from).ok_or_else(|| unknown(from))?;
+                let target = self.items.get(&to).ok_or_else(|| unknown(to))?;
+                replay.generation = replay.generation.max(generation.0.saturating_add(1));
+                let tree = {
+                    let mut map = source.volume.map.write();
+                    map.last_fork = generation;
+                    map.tree.clone()
+                };
+                target.volume.map.write().become_fork(tree, generation);
+            }
+            Record::Delete { disk } => {
+                self.remove(disk).ok_or_else(|| unknown(disk))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of items whose row is a writable disk.
+    pub fn disk_names(&self) -> impl Iterator<Item = &str> {
+        self.iter()
+            .filter(|item| item.row.kind == RowKind::Disk)
+            .map(|item| item.row.name.as_str())
+    }
+}

@@ -1,0 +1,464 @@
+//! Making changes durable. Whoever needs it leads: takes the journal, closes a batch with what all
+//! disks changed, and writes it; those who come meanwhile wait and are covered by the next batch
+//! (group commit). Holding the journal is leadership; no lock is held over the I/O.
+//!
+//! The order is R2: the batch is closed, then the data it names is flushed, then the batch is
+//! written. Only then are the references it dropped released, after the requests that may still
+//! use them (R3, R5, R6).
+
+use super::Pool;
+use super::error::PoolError;
+use super::image::{Frozen, FrozenDisk};
+use super::journal::{BATCH_LEN_MAX, Journal, records_per_batch};
+use super::map::Dropped;
+use super::volume::{Map, Volume};
+use crate::format::journal::{BatchWriter, Record};
+use crate::format::units::{DiskId, Generation};
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, RwLockWriteGuard};
+
+/// Room a leader makes sure of: a full batch, and as much again for its tail.
+const ROOM: u64 = 2 * BATCH_LEN_MAX;
+/// Records a drained disk may add to a batch that is full already.
+const TAIL_RECORDS_MAX: usize = 4096;
+/// Times a structural change waits for a disk to have few changes before it gives up.
+const DRAIN_TRIES_MAX: u32 = 64;
+
+/// Who leads, and how far commits have come.
+#[derive(Debug)]
+pub(super) struct Commits {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// `None` while somebody leads.
+    journal: Option<Journal>,
+    /// Rounds begun and finished. A round that begins after a change covers it.
+    begun: u64,
+    finished: u64,
+    /// A frozen forest waits for its image to be written, or is being written.
+    frozen: FrozenState,
+}
+
+#[derive(Debug)]
+enum FrozenState {
+    None,
+    Waiting(Box<Frozen>),
+    BeingWritten,
+}
+
+impl Commits {
+    pub(super) fn new(journal: Journal) -> Self {
+        let state = State {
+            journal: Some(journal),
+            begun: 0,
+            finished: 0,
+            frozen: FrozenState::None,
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+/// Leadership: the journal, given back when dropped.
+struct Leader<'a> {
+    commits: &'a Commits,
+    journal: Option<Journal>,
+}
+
+impl Leader<'_> {
+    fn journal(&mut self) -> &mut Journal {
+        self.journal
+            .as_mut()
+            .expect("a leader has the journal until it is dropped")
+    }
+}
+
+impl Drop for Leader<'_> {
+    fn drop(&mut self) {
+        let mut state = self.commits.state.lock();
+        state.journal = self.journal.take();
+        drop(state);
+        self.commits.changed.notify_all();
+    }
+}
+
+/// A batch being filled by a structural change, which runs alone.
+#[derive(Debug)]
+pub struct Transaction<'a> {
+    /// The pool.
+    pub pool: &'a Pool,
+    batch: BatchWriter,
+    drops: Vec<Dropped>,
+}
+
+impl Transaction<'_> {
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// A catalogue row that is too long.
+    pub fn record(&mut self, record: &Record) -> Result<(), PoolError> {
+        Ok(self.batch.push(record)?)
+    }
+
+    /// Adds what changed in a drained disk, so that the map in memory and the one the journal
+    /// gives are the same from here on.
+    ///
+    /// # Errors
+    /// Never for maps; as [`Transaction::record`].
+    pub fn collect(&mut self, map: &mut Map) -> Result<(), PoolError> {
+        let mut records = Vec::new();
+        map.collect(usize::MAX, &mut records, &mut self.drops, &self.pool.space);
+        records.iter().try_for_each(|record| self.record(record))
+    }
+
+    /// Drops the changes of a disk that is going away: only its references matter now.
+    pub fn discard_changes(&mut self, map: &mut Map) {
+        map.collect(
+            usize::MAX,
+            &mut Vec::new(),
+            &mut self.drops,
+            &self.pool.space,
+        );
+    }
+
+    /// Takes a generation: what exists now may be shared afterwards, what is born later is not.
+    ///
+    /// # Errors
+    /// All 2^32 are used up.
+    pub fn end_generation(&mut self) -> Result<Generation, PoolError> {
+        let ended = self.pool.generation.load(Ordering::Relaxed);
+        let next = ended.checked_add(1).ok_or_else(|| {
+            PoolError::invalid("this pool has seen 2^32 forks; copy its disks to a new one")
+        })?;
+        self.pool.generation.store(next, Ordering::Relaxed);
+        Ok(Generation(ended))
+    }
+
+    /// A disk id never used before.
+    ///
+    /// # Errors
+    /// All 2^32 are used up.
+    pub fn new_id(&mut self) -> Result<DiskId, PoolError> {
+        let id = self.pool.next_disk.load(Ordering::Relaxed);
+        let next = id.checked_add(1).ok_or_else(|| {
+            PoolError::invalid("this pool has had 2^32 disks; copy them to a new one")
+        })?;
+        self.pool.next_disk.store(next, Ordering::Relaxed);
+        Ok(DiskId(id))
+    }
+}
+
+impl Pool {
+    /// Makes everything that completed before this call durable.
+    ///
+    /// # Errors
+    /// The pool is poisoned, by this flush or an earlier one, or (nothing is lost then) there is
+    /// no space for a checkpoint image.
+    pub fn flush(&self) -> Result<(), PoolError> {
+        if self.is_read_only {
+            return Ok(());
+        }
+        let mine = self.commits.state.lock().begun + 1;
+        loop {
+            let Some(mut leader) = self.lead(mine)? else {
+                return self.check_poison();
+            };
+            let mut is_done = false;
+            let result = self.commit_one(leader.journal(), &mut |_| {}, &mut is_done);
+            if is_done && result.is_ok() {
+                let mut state = self.commits.state.lock();
+                state.finished = state.finished.max(state.begun);
+            }
+            drop(leader);
+            self.after_commit();
+            result?;
+            if is_done {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Runs `change` alone, with every request of `drained` over and no new one begun (R7), and
+    /// makes what it records durable as one atom, together with what changed before.
+    ///
+    /// `change` checks first and fails before it changes anything.
+    ///
+    /// # Errors
+    /// What `change` says, or as [`Pool::flush`].
+    pub fn transact<T>(
+        &self,
+        drained: &[Arc<Volume>],
+        mut change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        self.check_writable()?;
+        for _ in 0..DRAIN_TRIES_MAX {
+            let mut leader = self.lead_alone()?;
+            let gates = ClosedGates::close(drained);
+            let pending: usize = drained
+                .iter()
+                .map(|volume| volume.map.read().pending_max())
+                .sum();
+            if pending > TAIL_RECORDS_MAX {
+                drop(gates);
+                drop(leader);
+                self.flush()?;
+                continue;
+            }
+            let mut gates = Some(gates);
+            let mut outcome = None;
+            let mut tail = |transaction: &mut Transaction<'_>| {
+                outcome = Some(change(transaction));
+                gates = None;
+            };
+            let result = self.commit_one(leader.journal(), &mut tail, &mut false);
+            drop(leader);
+            self.after_commit();
+            result?;
+            return outcome.unwrap_or_else(|| Err(PoolError::invalid("the change did not run")));
+        }
+        Err(PoolError::InUse {
+            name: "a disk under very heavy load".to_owned(),
+        })
+    }
+
+    /// Takes the lead, with room for a batch; `None` once a round that began at or after `mine`
+    /// has finished.
+    fn lead(&self, mine: u64) -> Result<Option<Leader<'_>>, PoolError> {
+        let mut state = self.commits.state.lock();
+        loop {
+            self.check_poison()?;
+            if state.finished >= mine {
+                return Ok(None);
+            }
+            let Some(journal) = state.journal.take() else {
+                self.commits.changed.wait(&mut state);
+                continue;
+            };
+            state.begun += 1;
+            let mut leader = Leader {
+                commits: &self.commits,
+                journal: Some(journal),
+            };
+            if leader.journal().room() >= ROOM || leader.journal().switch() {
+                return Ok(Some(leader));
+            }
+            let is_being_written = matches!(state.frozen, FrozenState::BeingWritten);
+            drop(state);
+            if !is_being_written {
+                self.write_image_now(leader.journal())?;
+                if leader.journal().switch() {
+                    return Ok(Some(leader));
+                }
+            }
+            drop(leader);
+            state = self.commits.state.lock();
+            if matches!(state.frozen, FrozenState::BeingWritten) {
+                self.commits.changed.wait(&mut state);
+            }
+        }
+    }
+
+    fn lead_alone(&self) -> Result<Leader<'_>, PoolError> {
+        let leader = self.lead(u64::MAX)?;
+        Ok(leader.expect("no round has the largest number"))
+    }
+
+    /// One batch: `tail` adds to it last. `is_done` if nothing that had changed was left out.
+    fn commit_one(
+        &self,
+        journal: &mut Journal,
+        tail: &mut dyn FnMut(&mut Transaction<'_>),
+        is_done: &mut bool,
+    ) -> Result<(), PoolError> {
+        let mut transaction = Transaction {
+            pool: self,
+            batch: BatchWriter::default(),
+            drops: Vec::new(),
+        };
+        *is_done = self.collect_listed(&mut transaction)?;
+        tail(&mut transaction);
+        let Transaction { batch, drops, .. } = transaction;
+        if journal.wants_image() {
+            self.freeze_once(journal.last_seq() + u64::from(!batch.is_empty()));
+        }
+        // Every write that completed before the batch was closed is covered: the mark is taken
+        // back before the flush, not after.
+        if self.unflushed.swap(false, Ordering::SeqCst) {
+            let flushed = self.storage.flush();
+            flushed.map_err(|e| self.poison("flushing data", e))?;
+        }
+        if !batch.is_empty() {
+            let written = journal.write(&*self.storage, batch);
+            written.map_err(|e| self.poison("writing the journal", e))?;
+        }
+        self.retire(drops);
+        Ok(())
+    }
+
+    fn collect_listed(&self, transaction: &mut Transaction<'_>) -> Result<bool, PoolError> {
+        let listed = std::mem::take(&mut *self.listed.lock());
+        let mut left = Vec::new();
+        let mut records = Vec::new();
+        for volume in listed {
+            let mut map = volume.map.write();
+            let is_done = map.collect(
+                records_per_batch(),
+                &mut records,
+                &mut transaction.drops,
+                &self.space,
+            );
+            map.is_listed = !is_done;
+            drop(map);
+            if !is_done {
+                left.push(volume);
+            }
+        }
+        records
+            .iter()
+            .try_for_each(|record| transaction.record(record))?;
+        let is_done = left.is_empty();
+        self.listed.lock().extend(left);
+        Ok(is_done)
+    }
+
+    /// So much has changed that it should be committed without being asked: what is not in the
+    /// journal takes memory.
+    #[must_use]
+    pub fn wants_commit(&self) -> bool {
+        const CHANGES_MAX: usize = 8 * TAIL_RECORDS_MAX;
+        // Cloned: maps are locked before the list is.
+        let listed = self.listed.lock().clone();
+        let pending = |volume: &Arc<Volume>| volume.map.read().pending_max();
+        listed.iter().map(pending).sum::<usize>() > CHANGES_MAX
+    }
+
+    /// Puts `volume` on the list of those with changes; called with its map locked.
+    pub fn list_changes(&self, volume: &Arc<Volume>, map: &mut RwLockWriteGuard<'_, Map>) {
+        if !map.is_listed && map.has_changes() {
+            map.is_listed = true;
+            self.listed.lock().push(Arc::clone(volume));
+        }
+    }
+
+    fn freeze_once(&self, seq: u64) {
+        let mut state = self.commits.state.lock();
+        if matches!(state.frozen, FrozenState::None) {
+            state.frozen = FrozenState::Waiting(Box::new(self.freeze(seq)));
+        }
+    }
+
+    /// The forest as it is, consistent because structural changes wait for the leader, who calls.
+    fn freeze(&self, seq: u64) -> Frozen {
+        let catalogue = self.catalogue.read();
+        let disks = catalogue.iter().map(|item| {
+            let map = item.volume.map.read();
+            let (last_fork, changed) = (map.last_fork, map.changed);
+            FrozenDisk {
+                row: item.row.clone(),
+                tree: map.tree.clone(),
+                last_fork,
+                changed,
+            }
+        });
+        Frozen {
+            seq,
+            generation: Generation(self.generation.load(Ordering::Relaxed)),
+            next_disk: DiskId(self.next_disk.load(Ordering::Relaxed)),
+            disks: disks.collect(),
+        }
+    }
+
+    /// The journal is full: write an image of the forest before anything else.
+    fn write_image_now(&self, journal: &mut Journal) -> Result<(), PoolError> {
+        let old = std::mem::replace(&mut self.commits.state.lock().frozen, FrozenState::None);
+        if let FrozenState::Waiting(frozen) = old {
+            self.retire(frozen.into_dropped());
+        }
+        let frozen = self.freeze(journal.last_seq());
+        let result = self
+            .write_image(&frozen)
+            .and_then(|written| self.adopt(written, journal));
+        self.retire(frozen.into_dropped());
+        result
+    }
+
+    /// Writes the image of a forest frozen by an earlier commit, if there is one. Requests and
+    /// commits go on meanwhile.
+    ///
+    /// # Errors
+    /// No space, or the store failed; the journal still has everything.
+    pub fn write_frozen_image(&self) -> Result<bool, PoolError> {
+        let frozen = {
+            let mut state = self.commits.state.lock();
+            match std::mem::replace(&mut state.frozen, FrozenState::BeingWritten) {
+                FrozenState::Waiting(frozen) => frozen,
+                other @ (FrozenState::None | FrozenState::BeingWritten) => {
+                    state.frozen = other;
+                    return Ok(false);
+                }
+            }
+        };
+        let written = self.write_image(&frozen);
+        self.retire(frozen.into_dropped());
+        let result = written.and_then(|written| {
+            let mut state = self.commits.state.lock();
+            let journal = self.wait_for_journal(&mut state);
+            drop(state);
+            let mut leader = Leader {
+                commits: &self.commits,
+                journal: Some(journal),
+            };
+            self.adopt(written, leader.journal())
+        });
+        self.commits.state.lock().frozen = FrozenState::None;
+        self.commits.changed.notify_all();
+        result.map(|()| true)
+    }
+
+    fn wait_for_journal(&self, state: &mut MutexGuard<'_, State>) -> Journal {
+        loop {
+            if let Some(journal) = state.journal.take() {
+                return journal;
+            }
+            self.commits.changed.wait(state);
+        }
+    }
+
+    /// What follows every commit: without a background thread, the work that waits is done here.
+    fn after_commit(&self) {
+        if self.has_background() {
+            self.work.notify_one();
+        } else {
+            // A failed image is tried again when the journal is full, where the error is told.
+            drop(self.write_frozen_image());
+            self.reap(usize::MAX);
+        }
+    }
+}
+
+/// Gates of drained disks, opened when dropped.
+struct ClosedGates<'a> {
+    volumes: &'a [Arc<Volume>],
+}
+
+impl<'a> ClosedGates<'a> {
+    fn close(volumes: &'a [Arc<Volume>]) -> Self {
+        for volume in volumes {
+            volume.gate.close();
+        }
+        Self { volumes }
+    }
+}
+
+impl Drop for ClosedGates<'_> {
+    fn drop(&mut self) {
+        for volume in self.volumes {
+            volume.gate.open();
+        }
+    }
+}

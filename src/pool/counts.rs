@@ -1,0 +1,87 @@
+//! How many leaves refer to each cluster. Derived at open, never stored: two truths that can
+//! disagree are how other formats lose data.
+
+use super::map::Leaf;
+use crate::format::journal::Entry;
+use crate::format::units::index;
+use crate::sync::OnceLock;
+use crate::sync::atomic::{AtomicU32, Ordering};
+
+const CHUNK: usize = 1 << 16;
+type Chunk = Box<[AtomicU32]>;
+
+/// A count for each cluster there can ever be, in chunks made when first touched.
+pub struct Counts {
+    chunks: Box<[OnceLock<Chunk>]>,
+}
+
+impl std::fmt::Debug for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Counts").finish_non_exhaustive()
+    }
+}
+
+impl Counts {
+    /// All zero.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            chunks: (0..CHUNK).map(|_| OnceLock::new()).collect(),
+        }
+    }
+
+    fn at(&self, cluster: u32) -> &AtomicU32 {
+        let at = index(cluster);
+        let chunk =
+            self.chunks[at / CHUNK].get_or_init(|| (0..CHUNK).map(|_| AtomicU32::new(0)).collect());
+        &chunk[at % CHUNK]
+    }
+
+    /// References to `cluster`, those dropped but not yet durably and finally dropped included (R5).
+    #[must_use]
+    pub fn get(&self, cluster: u32) -> u32 {
+        // Acquire pairs with the release in `release`: who sees a count fall to one also sees all
+        // that the other holder did before.
+        self.at(cluster).load(Ordering::Acquire)
+    }
+
+    /// One more reference; returns how many there were.
+    pub fn retain(&self, cluster: u32) -> u32 {
+        self.at(cluster).fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// One reference fewer; returns how many are left.
+    ///
+    /// # Panics
+    /// There was none: a cluster would be freed twice.
+    pub fn release(&self, cluster: u32) -> u32 {
+        let before = self.at(cluster).fetch_sub(1, Ordering::AcqRel);
+        assert!(
+            before > 0,
+            "cluster {cluster} is released more often than it was taken"
+        );
+        before - 1
+    }
+
+    /// A leaf was copied: its clusters have one more reference each.
+    pub fn retain_leaf(&self, leaf: &Leaf) {
+        for cluster in leaf.entries.iter().flat_map(Entry::clusters) {
+            if cluster != 0 {
+                self.retain(cluster);
+            }
+        }
+    }
+
+    /// A copied leaf turned out to have had no other holder.
+    pub fn release_copied_leaf(&self, leaf: &Leaf) {
+        for cluster in leaf.entries.iter().flat_map(Entry::clusters) {
+            if cluster != 0 {
+                let left = self.release(cluster);
+                assert!(
+                    left > 0,
+                    "cluster {cluster}: the copy of its leaf refers to it too"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! The elastic pool: clusters, maps, and the one durable truth about them. It knows which cluster
+//! of the pool holds which cluster of which disk, and moves no guest data: that is `cowdisk`'s.
+//!
+//! ```text
+//!  catalogue: name -> disk        journal --replay--> maps
+//!      |                             ^                  |
+//!      v                       commit, one batch        | frozen in O(1)
+//!  volume: gate + map  --changes-----'                  v
+//!      |                                        checkpoint image (free clusters)
+//!      '--drops--> quarantine (durable, drained) --> counts --> free --> punched
+//! ```
+//!
+//! # Invariants
+//! - **I1** A cluster is referred to at exactly one (family, lcn). Checked at open.
+//! - **I2** An `alloc` bit is set only after the data write of that sub-cluster completed, so a
+//!   cluster that is used again never shows what it held before.
+//! - **I3** `under` is nothing or a cluster with valid data for every sub-cluster in neither mask.
+//!   Depth never exceeds two.
+//! - **I4** A cluster is written in place only by the one live disk whose `birth` is after its last
+//!   fork, or whose reference is the only one, drops on their way included.
+//! - **I5** The free list holds only clusters with count 0, no I/O in flight, a durable drop and,
+//!   if it was to be punched, punched.
+//! - **I6** The image and any prefix of the journal's batches give a legal state.
+//!
+//! # Ordering rules
+//! | # | Rule | Where |
+//! |---|---|---|
+//! | R1 | `alloc` is set at data completion; records are built when the batch closes | `Map::collect` |
+//! | R2 | batch closed, data flushed, journal written, acknowledged | `commit` |
+//! | R3 | a freed cluster is used again or punched only after the record that frees it is durable | `retire` after the write |
+//! | R4 | a punch completes before its cluster is free | `reclaim` |
+//! | R5 | a dropped reference counts until the drop is durable | `Counts` change in `reap` only |
+//! | R6 | a freed cluster waits for every I/O begun before the drop | `Epochs` |
+//! | R7 | fork, rollback, commit and delete drain the disk first | `transact` |
+//! | R8 | no data checksum replaces a flush | there are none |
+//! | R9 | one batch outstanding; batches carry the opening and the checksum before | `Journal` |
+//! | R10 | after a failed flush or journal write: never retried, the pool freezes | `poison` |
+//!
+//! Lock order: leadership (the journal), catalogue, one map, space. No lock is held over I/O.
+
+pub mod bitmap;
+pub mod catalogue;
+pub mod commit;
+pub mod counts;
+pub mod entry;
+pub mod error;
+pub mod gate;
+pub mod image;
+pub mod journal;
+pub mod map;
+pub mod open;
+pub mod reclaim;
+pub mod space;
+pub mod volume;
+pub mod walk;
+
+pub use error::{PoolError, PoolErrorKind};
+pub use open::{CreateOptions, OpenOptions, Return};
+
+use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
+use crate::format::units::{ClusterSize, Generation};
+use crate::storage::{AlignedBuf, Storage};
+use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
+use catalogue::{Catalogue, Item};
+use commit::Commits;
+use gate::Epochs;
+use image::{Frozen, Written};
+use journal::Journal;
+use map::{Dropped, Leaf};
+use space::Space;
+use std::collections::VecDeque;
+use std::ops::Range;
+use volume::Volume;
+
+/// An open pool. Shared by all who use it; every method takes `&self`.
+#[derive(Debug)]
+pub struct Pool {
+    storage: Arc<dyn Storage>,
+    cluster_size: ClusterSize,
+    is_read_only: bool,
+    superblock: Mutex<Superblock>,
+    /// Free clusters and reference counts.
+    pub space: Space,
+    /// Requests in flight, of all disks.
+    pub epochs: Epochs,
+    catalogue: RwLock<Catalogue>,
+    generation: AtomicU32,
+    next_disk: AtomicU32,
+    commits: Commits,
+    /// Volumes with changes that no batch has.
+    listed: Mutex<Vec<Arc<Volume>>>,
+    /// Something was written since the last flush began.
+    unflushed: AtomicBool,
+    poison: OnceLock<String>,
+    /// Shared by every whole leaf that was discarded over a base.
+    zero_leaf: Arc<Leaf>,
+    quarantine: Mutex<VecDeque<(u64, Vec<Dropped>)>>,
+    /// References being released; whoever holds this reaps.
+    reaping: Mutex<Vec<Dropped>>,
+    image_clusters: Mutex<Vec<Range<u32>>>,
+    returning: Return,
+    background: OnceLock<()>,
+    is_closing: Mutex<bool>,
+    work: Condvar,
+}
+
+impl Pool {
+    /// The store below.
+    #[must_use]
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// Cluster size.
+    #[must_use]
+    pub fn cluster_size(&self) -> ClusterSize {
+        self.cluster_size
+    }
+
+    /// Identity of the pool.
+    #[must_use]
+    pub fn uuid(&self) -> [u8; 16] {
+        self.superblock.lock().uuid
+    }
+
+    /// A copy of the superblock in force.
+    #[must_use]
+    pub fn superblock(&self) -> Superblock {
+        self.superblock.lock().clone()
+    }
+
+    /// Opened for reading only.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// The generation new entries are born in.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(self.generation.load(Ordering::Relaxed))
+    }
+
+    /// The leaf of zeros that discarded parts of a base share.
+    #[must_use]
+    pub fn zero_leaf(&self) -> &Arc<Leaf> {
+        &self.zero_leaf
+    }
+
+    /// The item named `name`.
+    ///
+    /// # Errors
+    /// [`PoolError::NotFound`].
+    pub fn find(&self, name: &str) -> Result<Item, PoolError> {
+        self.catalogue.read().find(name).cloned()
+    }
+
+    /// All disks and snapshots in the order of their names.
+    #[must_use]
+    pub fn items(&self) -> Vec<Item> {
+        self.catalogue.read().iter().cloned().collect()
+    }
+
+    /// Looks at the catalogue; hold it briefly.
+    pub fn with_catalogue<T>(&self, look: impl FnOnce(&Catalogue) -> T) -> T {
+        look(&self.catalogue.read())
+    }
+
+    /// Changes the catalogue; only inside [`Pool::transact`].
+    pub fn change_catalogue<T>(&self, change: impl FnOnce(&mut Catalogue) -> T) -> T {
+        change(&mut self.catalogue.write())
+    }
+
+    /// Says that data was written: the next flush must reach the device. Called when a data write
+    /// completes, before its `alloc` bits are set and before it is acknowledged.
+    pub fn mark_written(&self) {
+        // Looking first keeps the cache line shared while many workers write.
+        if !self.unflushed.load(Ordering::SeqCst) {
+            self.unflushed.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// `Err` once the pool is poisoned.
+    ///
+    /// # Errors
+    /// [`PoolError::Poisoned`].
+    pub fn check_poison(&self) -> Result<(), PoolError> {
+        match self.poison.get() {
+            None => Ok(()),
+            Some(reason) => Err(PoolError::Poisoned {
+                reason: reason.clone(),
+            }),
+        }
+    }
+
+    /// `Err` unless the pool can be changed.
+    ///
+    /// # Errors
+    /// [`PoolError::ReadOnly`], [`PoolError::Poisoned`].
+    pub fn check_writable(&self) -> Result<(), PoolError> {
+        if self.is_read_only {
+            return Err(PoolError::ReadOnly);
+        }
+        self.check_poison()
+    }
+
+    /// R10: nothing is written from here on.
+    fn poison(&self, action: &'static str, source: std::io::Error) -> PoolError {
+        let reason = format!("{action} failed ({source})");
+        // Only the first failure is kept: the others follow from it.
+        self.poison.get_or_init(|| reason);
+        PoolError::Storage { action, source }
+    }
+
+    /// Drops whose records are durable begin their wait for the requests in flight (R6).
+    fn retire(&self, drops: Vec<Dropped>) {
+        if !drops.is_empty() {
+            self.quarantine
+                .lock()
+                .push_back((self.epochs.current(), drops));
+        }
+    }
+
+    /// Releases references that nobody can use any more, `most` steps at most (a step is a cluster
+    /// or a map node). `true` if some are left that could be released now.
+    pub fn reap(&self, most: usize) -> bool {
+        let mut stack = self.reaping.lock();
+        let current = {
+            self.epochs.try_advance();
+            self.epochs.try_advance()
+        };
+        {
+            let mut quarantine = self.quarantine.lock();
+            while quarantine
+                .front()
+                .is_some_and(|(epoch, _)| epoch + 2 <= current)
+            {
+                stack.extend(
+                    quarantine
+                        .pop_front()
+                        .map(|(_, drops)| drops)
+                        .unwrap_or_default(),
+                );
+            }
+        }
+        for _ in 0..most {
+            let Some(dropped) = stack.pop() else {
+                return false;
+            };
+            if let Some(cluster) = dropped.unravel(&mut stack) {
+                self.space.release(cluster);
+            }
+        }
+        !stack.is_empty()
+    }
+
+    /// Nothing dropped is waiting to be released.
+    #[must_use]
+    pub fn is_reaped(&self) -> bool {
+        self.reaping.lock().is_empty() && self.quarantine.lock().is_empty()
+    }
+
+    fn write_image(&self, frozen: &Frozen) -> Result<Written, PoolError> {
+        let uuid_low = journal::uuid_low(&self.uuid());
+        let written = image::write(
+            frozen,
+            uuid_low,
+            self.cluster_size,
+            &self.space,
+            &*self.storage,
+        )?;
+        // The image names data written since the last flush, and itself must be there before the
+        // superblock names it.
+        self.storage
+            .flush()
+            .map_err(|e| self.poison("flushing a checkpoint image", e))?;
+        Ok(written)
+    }
+
+    /// Puts a written image in force. THE commit point of an image is its superblock.
+    fn adopt(&self, written: Written, journal: &mut Journal) -> Result<(), PoolError> {
+        let mut superblock = self.superblock();
+        superblock.image = Some(written.image);
+        superblock.start = journal.start_after(written.image.seq);
+        self.write_superblock(superblock)?;
+        journal.set_image_seq(written.image.seq);
+        let old = std::mem::replace(&mut *self.image_clusters.lock(), written.clusters);
+        for range in old {
+            self.space.give_back(range, true);
+        }
+        self.keep_image_reserve();
+        Ok(())
+    }
+
+    /// Keeps enough clusters for the next image, which may be larger than this one.
+    fn keep_image_reserve(&self) {
+        let now: u32 = self
+            .image_clusters
+            .lock()
+            .iter()
+            .map(|run| run.end - run.start)
+            .sum();
+        let least = (self.superblock.lock().cluster_count / 1024).clamp(4, 64);
+        self.space
+            .set_image_reserve(now.saturating_add(now / 2).saturating_add(least));
+    }
+
+    /// Both copies, one after the other, each durable: one is whole at every moment.
+    fn write_superblock(&self, mut superblock: Superblock) -> Result<(), PoolError> {
+        self.check_writable()?;
+        superblock.generation += 1;
+        let mut bytes = AlignedBuf::new(crate::format::superblock::SUPERBLOCK_LEN);
+        bytes.copy_from_slice(&superblock.encode());
+        for at in SUPERBLOCK_AT {
+            let written = self.storage.write_durable_at(&bytes, at);
+            written.map_err(|e| self.poison("writing the superblock", e))?;
+        }
+        *self.superblock.lock() = superblock;
+        Ok(())
+    }
+}

@@ -1,0 +1,160 @@
+//! Giving freed clusters back to the host, and the background thread that does what can wait.
+
+use super::Pool;
+use super::error::PoolError;
+use super::open::Return;
+use crate::format::units::Cluster;
+use crate::sync::{Arc, spawn_named};
+use std::ops::Range;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Most bytes given back in one call: a punch blocks other requests to the file on some hosts.
+const PUNCH_LEN_MAX: u64 = 1 << 20;
+/// Map nodes and clusters released between two looks at other work.
+const REAP_STEPS: usize = 65536;
+/// How long nothing must have happened before freed space goes back ([`Return::Idle`]).
+const IDLE: Duration = Duration::from_millis(500);
+
+impl Pool {
+    /// Gives back up to `most` clusters that were written and freed. Each is out of the free list
+    /// while it is punched (R4).
+    ///
+    /// # Errors
+    /// The store failed; the clusters stay free.
+    pub fn punch_written(&self, most: u32) -> Result<u32, PoolError> {
+        let mut left = most;
+        let per_call = u32::try_from(PUNCH_LEN_MAX / self.cluster_size.bytes())
+            .unwrap_or(1)
+            .max(1);
+        while let Some(run) = self.space.take_written(per_call.min(left)) {
+            left -= run.end - run.start;
+            let punched = self.punch(&run);
+            self.space.give_back(run, punched.is_err());
+            punched?;
+            if left == 0 {
+                break;
+            }
+        }
+        Ok(most - left)
+    }
+
+    fn punch(&self, run: &Range<u32>) -> Result<(), PoolError> {
+        let at = self.cluster_size.offset(Cluster(run.start));
+        let len = u64::from(run.end - run.start) * self.cluster_size.bytes();
+        let punched = self.storage.punch(at, len);
+        self.mark_written();
+        punched.map_err(PoolError::storage("giving space back to the host"))
+    }
+
+    /// Gives back everything that is free, also what an earlier life of the pool left behind.
+    /// Returns the bytes the host got.
+    ///
+    /// # Errors
+    /// As [`Pool::punch_written`].
+    pub fn trim(&self) -> Result<u64, PoolError> {
+        self.check_writable()?;
+        let reading = || PoolError::storage("asking the host for its allocation");
+        let before = self.storage.allocated().map_err(reading())?;
+        self.flush()?;
+        while self.reap(REAP_STEPS) {}
+        self.punch_written(u32::MAX)?;
+        let mut at = 0;
+        while let Some((start, end)) = self.storage.next_data(at).map_err(reading())? {
+            let first = self.cluster_size.split(start).0.0;
+            let last = self.cluster_size.count(end).unwrap_or(u32::MAX);
+            for run in self.space.take_clean_in(first..last) {
+                let punched = self.punch_in_parts(&run);
+                self.space.give_back(run, false);
+                punched?;
+            }
+            at = end;
+        }
+        let after = self.storage.allocated().map_err(reading())?;
+        Ok(before.saturating_sub(after))
+    }
+
+    fn punch_in_parts(&self, run: &Range<u32>) -> Result<(), PoolError> {
+        let per_call = u32::try_from(PUNCH_LEN_MAX / self.cluster_size.bytes())
+            .unwrap_or(1)
+            .max(1);
+        let mut start = run.start;
+        while start < run.end {
+            let end = run.end.min(start.saturating_add(per_call));
+            self.punch(&(start..end))?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Starts the thread that writes images, releases what was dropped and gives space back. Until
+    /// then, or without it, commits do that work themselves. It ends at [`Pool::close`].
+    ///
+    /// # Errors
+    /// No thread could be made.
+    pub fn start_background(self: &Arc<Self>) -> std::io::Result<Background> {
+        let pool = Arc::clone(self);
+        let thread = spawn_named("tidepool-reclaim", move || pool.run_background())?;
+        // A second call finds it set, which is as good.
+        self.background.get_or_init(|| ());
+        Ok(Background {
+            pool: Arc::clone(self),
+            thread: Some(thread),
+        })
+    }
+
+    pub(super) fn has_background(&self) -> bool {
+        self.background.get().is_some()
+    }
+
+    pub(super) fn stop_background(&self) {
+        *self.is_closing.lock() = true;
+        self.work.notify_all();
+    }
+
+    fn run_background(&self) {
+        loop {
+            let is_idle = {
+                let mut is_closing = self.is_closing.lock();
+                if *is_closing {
+                    return;
+                }
+                self.work.wait_for(&mut is_closing, IDLE).timed_out()
+            };
+            // A failed image is tried again when the journal is full, where the error is told.
+            drop(self.write_frozen_image());
+            while self.reap(REAP_STEPS) {}
+            let gives_back = match self.returning {
+                Return::Eager => true,
+                Return::Idle => is_idle || self.is_above_high_water(),
+                Return::Never => false,
+            };
+            if gives_back {
+                // A host that cannot punch keeps the space; `trim` tells why.
+                drop(self.punch_written(u32::MAX));
+            }
+        }
+    }
+
+    /// Freed space kept for quick reuse has a limit: a sixteenth of the pool.
+    fn is_above_high_water(&self) -> bool {
+        self.space.usage().written > self.superblock.lock().cluster_count / 16
+    }
+}
+
+/// The background thread of a pool; dropping it ends the thread.
+#[derive(Debug)]
+pub struct Background {
+    pool: Arc<Pool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.pool.stop_background();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed; there is nothing left to wait for.
+            drop(thread.join());
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Free clusters: who may take how many, and in which order they are used again. Clusters that
+//! were written and freed come first (their blocks on the host are allocated and initialised),
+//! then the others, lowest first. Both in runs, so that what is written together lies together.
+
+use super::bitmap::Bitmap;
+use super::counts::Counts;
+use super::error::PoolError;
+use crate::sync::Mutex;
+use std::ops::Range;
+use std::task::Waker;
+
+/// Most clusters a disk sets aside for its next writes.
+pub const SLAB_CLUSTERS_MAX: u32 = 16;
+
+/// Who wants clusters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A disk's data. Leaves the reserves alone.
+    Data,
+    /// A disk's data, from the space reserved for that disk.
+    ReservedData,
+    /// A checkpoint image. May take what is kept for it.
+    Image,
+}
+
+/// Free clusters by kind.
+#[derive(Debug, Default)]
+struct Free {
+    /// Freed, and not given back to the host since.
+    written: Bitmap,
+    /// Holes, as far as is known.
+    clean: Bitmap,
+    /// Where the last run taken from `clean` ended.
+    cursor: u32,
+    /// Kept back for checkpoint images.
+    image_reserve: u32,
+    /// Kept back for disks with a reserve.
+    disk_reserve: u32,
+}
+
+/// The clusters of a pool.
+#[derive(Debug)]
+pub struct Space {
+    /// References to each cluster.
+    pub counts: Counts,
+    /// Lock order: after every map, before nothing.
+    free: Mutex<Free>,
+    waiting: Mutex<Vec<Waker>>,
+}
+
+/// How many clusters are in which state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpaceUse {
+    /// Free, and the host may have given their space to others.
+    pub clean: u32,
+    /// Free, but still occupying the host.
+    pub written: u32,
+    /// Of the free ones, kept back for images and reserves.
+    pub reserved: u32,
+}
+
+impl Space {
+    /// Nothing free yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            counts: Counts::new(),
+            free: Mutex::default(),
+            waiting: Mutex::default(),
+        }
+    }
+
+    /// Declares `range` free and untouched (at open, and when the pool grows).
+    pub fn add_clean(&self, range: Range<u32>) {
+        self.free.lock().clean.insert(range);
+        self.wake();
+    }
+
+    /// Takes 1 to `most` consecutive clusters. Their count stays 0 until an entry refers to them.
+    ///
+    /// # Errors
+    /// [`PoolError::NoSpace`].
+    pub fn take(&self, most: u32, purpose: Purpose) -> Result<Range<u32>, PoolError> {
+        let mut free = self.free.lock();
+        let all = free.written.len() + free.clean.len();
+        let kept = match purpose {
+            Purpose::Data => free.image_reserve.saturating_add(free.disk_reserve),
+            Purpose::ReservedData => free.image_reserve,
+            Purpose::Image => 0,
+        };
+        let usable = all.saturating_sub(kept);
+        // A pool that is nearly full has nothing to set aside.
+        let most = most.min((usable / 64).max(1));
+        if usable == 0 {
+            return Err(PoolError::NoSpace);
+        }
+        let range = if let Some(start) = free.written.next(0) {
+            let range = free.written.run_from(start, most);
+            free.written.remove(range.clone());
+            range
+        } else {
+            let from = free.cursor;
+            let start = free.clean.next(from).or_else(|| free.clean.next(0));
+            let start = start.expect("`usable` counted a free cluster");
+            let range = free.clean.run_from(start, most);
+            free.clean.remove(range.clone());
+            free.cursor = range.end;
+            range
+        };
+        if purpose == Purpose::ReservedData {
+            let taken = range.end - range.start;
+            free.disk_reserve = free.disk_reserve.saturating_sub(taken);
+        }
+        Ok(range)
+    }
+
+    /// Gives back clusters nobody refers to. `is_written`: something may have been written there.
+    pub fn give_back(&self, range: Range<u32>, is_written: bool) {
+        if range.is_empty() {
+            return;
+        }
+        let mut free = self.free.lock();
+        if is_written {
+            free.written.insert(range);
+        } else {
+            free.clean.insert(range);
+        }
+        drop(free);
+        self.wake();
+    }
+
+    /// Takes a run of freed clusters to give back to the host: while it is punched nobody may have
+    /// it (R4). Return it with [`Space::give_back`], clean.
+    pub fn take_written(&self, most: u32) -> Option<Range<u32>> {
+        let mut free = self.free.lock();
+        let start = free.written.next(0)?;
+        let range = free.written.run_from(start, most);
+        free.written.remove(range.clone());
+        Some(range)
+    }
+
+    /// Takes the free, untouched clusters of `range`, in runs, for punching or for shrinking.
+    pub fn take_clean_in(&self, range: Range<u32>) -> Vec<Range<u32>> {
+        let mut free = self.free.lock();
+        let mut taken = Vec::new();
+        let mut from = range.start;
+        while let Some(start) = free.clean.next(from).filter(|start| *start < range.end) {
+            let run = free.clean.run_from(start, range.end - start);
+            free.clean.remove(run.clone());
+            from = run.end;
+            taken.push(run);
+        }
+        taken
+    }
+
+    /// Drops one reference to `cluster`, durably gone and used by no request; frees it if it was
+    /// the last (I5).
+    pub fn release(&self, cluster: u32) {
+        if self.counts.release(cluster) == 0 {
+            self.give_back(cluster..cluster + 1, true);
+        }
+    }
+
+    /// Clusters kept for images from now on.
+    pub fn set_image_reserve(&self, clusters: u32) {
+        self.free.lock().image_reserve = clusters;
+    }
+
+    /// Clusters kept for disks with a reserve: `more` are added or, if negative, given up.
+    pub fn change_disk_reserve(&self, more: i64) {
+        let mut free = self.free.lock();
+        let now = i64::from(free.disk_reserve).saturating_add(more).max(0);
+        free.disk_reserve = u32::try_from(now).unwrap_or(u32::MAX);
+    }
+
+    /// Clusters that could be reserved still.
+    #[must_use]
+    pub fn reservable(&self) -> u32 {
+        let free = self.free.lock();
+        let kept = free.image_reserve.saturating_add(free.disk_reserve);
+        (free.written.len() + free.clean.len()).saturating_sub(kept)
+    }
+
+    /// Clusters in each state.
+    #[must_use]
+    pub fn usage(&self) -> SpaceUse {
+        let free = self.free.lock();
+        SpaceUse {
+            clean: free.clean.len(),
+            written: free.written.len(),
+            reserved: free.image_reserve.saturating_add(free.disk_reserve),
+        }
+    }
+
+    /// `waker` is woken when clusters become free.
+    pub fn wait_for_space(&self, waker: &Waker) {
+        self.waiting.lock().push(waker.clone());
+    }
+
+    fn wake(&self) {
+        let woken = std::mem::take(&mut *self.waiting.lock());
+        for waker in woken {
+            waker.wake();
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! One disk or snapshot in memory: its map, what of the map is not yet in the journal, the
+//! clusters some request is busy with, and the gate its requests pass.
+
+use super::error::PoolError;
+use super::gate::Gate;
+use super::map::{Dropped, Leaf, Tree, leaf_of};
+use super::open::Replay;
+use super::space::{Purpose, SLAB_CLUSTERS_MAX, Space};
+use crate::format::catalogue::Row;
+use crate::format::journal::{Entry, Record};
+use crate::format::units::{ClusterSize, DiskId, Generation, Lcn};
+use crate::sync::atomic::AtomicU32;
+use crate::sync::{Arc, RwLock};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::task::Waker;
+
+/// A disk or snapshot.
+#[derive(Debug)]
+pub struct Volume {
+    /// Its identity.
+    pub id: DiskId,
+    /// Its requests in flight.
+    pub gate: Gate,
+    /// Lock order: catalogue, then one map, then space. Held over no I/O.
+    pub map: RwLock<Map>,
+    /// Handles that are open.
+    pub opens: AtomicU32,
+}
+
+/// What requests are doing to a cluster of the disk besides reading and overwriting in place.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Busy {
+    /// Writes under way to sub-clusters not yet allocated.
+    pub fills: u32,
+    /// Data is being copied into it: nothing else may change its entry.
+    pub is_copying: bool,
+}
+
+/// The map of a disk and all that changes with it.
+#[derive(Debug)]
+pub struct Map {
+    /// Its identity, for records.
+    pub id: DiskId,
+    /// Cluster to entry.
+    pub tree: Tree,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes from the start that come from the base where nothing else is said.
+    pub base_len: u64,
+    /// Generation of the last fork from or to this disk: what is older may be shared.
+    pub last_fork: Generation,
+    /// Generation of the last change of the map.
+    pub changed: Generation,
+    /// Generation of its creation or fork; its quota counts from there.
+    pub birth: Generation,
+    /// Most sub-clusters it may allocate since then.
+    pub limit_subs: Option<u64>,
+    /// Sub-clusters allocated since then; kept only while there is a limit or a reserve.
+    pub used_subs: u64,
+    /// Clusters still reserved for it.
+    pub reserve_left: u32,
+    /// Clusters requests are busy with.
+    pub busy: HashMap<u32, Busy>,
+    /// Requests waiting for one of `busy`.
+    pub waiting: Vec<Waker>,
+    /// The disk is gone; handles to it are stale.
+    pub is_deleted: bool,
+    /// Whether the pool knows that there is something to collect here.
+    pub is_listed: bool,
+    slab: Range<u32>,
+    dirty_leaves: Vec<u32>,
+    unmaps: Vec<(Lcn, u32, bool)>,
+    drops: Vec<Dropped>,
+}
+
+impl Volume {
+    /// The volume of `row` with the map `tree`.
+    #[must_use]
+    pub fn new(
+        row: &Row,
+        tree: Tree,
+        last_fork: Generation,
+        changed: Generation,
+        size: ClusterSize,
+    ) -> Self {
+        let map = Map {
+            id: row.id,
+            tree,
+            size: row.size,
+            base_len: row.base_len,
+            last_fork,
+            changed,
+            birth: row.birth_generation,
+            limit_subs: None,
+            used_subs: 0,
+            reserve_left: 0,
+            busy: HashMap::new(),
+            waiting: Vec::new(),
+            is_deleted: false,
+            is_listed: false,
+            slab: 0..0,
+            dirty_leaves: Vec::new(),
+            unmaps: Vec::new(),
+            drops: Vec::new(),
+        };
+        let volume = Self {
+            id: row.id,
+            gate: Gate::default(),
+            map: RwLock::new(map),
+            opens: AtomicU32::new(0),
+        };
+        volume.map.write().set_limit(row.limit, size);
+        volume
+    }
+}
+
+impl Map {
+    /// The entry of `lcn`.
+    #[must_use]
+    pub fn get(&self, lcn: Lcn) -> Entry {
+        self.tree.get(lcn)
+    }
+
+    /// Whether this disk alone refers to the entry's own cluster, known without looking further
+    /// (I4): it was born after the last fork.
+    #[must_use]
+    pub fn is_own(&self, entry: &Entry) -> bool {
+        entry.own != 0 && entry.birth > self.last_fork.0
+    }
+
+    /// Makes `lcn` map to `new`; references and dirty marks follow. Sub-clusters allocated and
+    /// freed count for the quota.
+    pub fn set(&mut self, space: &Space, lcn: Lcn, new: Entry, now: Generation) {
+        let (leaf_number, place) = leaf_of(lcn);
+        let leaf = self.tree.leaf_mut(leaf_number, &space.counts);
+        let old = std::mem::replace(&mut leaf.entries[place], new);
+        if leaf.dirty == 0 {
+            self.dirty_leaves.push(leaf_number);
+        }
+        leaf.dirty |= 1 << place;
+        for cluster in new.clusters() {
+            if cluster != 0 && !old.refers_to(cluster) {
+                space.counts.retain(cluster);
+            }
+        }
+        for cluster in old.clusters() {
+            if cluster != 0 && !new.refers_to(cluster) {
+                self.drops.push(Dropped::Cluster(cluster));
+            }
+        }
+        self.changed = now;
+        self.used_subs = self
+            .used_subs
+            .saturating_add(self.counted_subs(&new))
+            .saturating_sub(self.counted_subs(&old));
+    }
+
+    /// Sub-clusters of `entry` that count for the quota.
+    fn counted_subs(&self, entry: &Entry) -> u64 {
+        let counts = entry.birth > self.birth.0;
+        if counts {
+            u64::from(entry.alloc.count_ones())
+        } else {
+            0
+        }
+    }
+
+    /// Whether the own cluster of `lcn` can be, and now is, this disk's alone (I4): its leaf is
+    /// made unshared, and then nothing else refers to the cluster, not even a drop on its way (R5).
+    pub fn claim(&mut self, space: &Space, lcn: Lcn, now: Generation) -> bool {
+        let (leaf_number, place) = leaf_of(lcn);
+        let leaf = self.tree.leaf_mut(leaf_number, &space.counts);
+        let mut entry = leaf.entries[place];
+        if entry.own == 0 || space.counts.get(entry.own) != 1 {
+            return false;
+        }
+        entry.birth = now.0;
+        self.set(space, lcn, entry, now);
+        true
+    }
+
+    /// A cluster for this disk to write to, from what it set aside.
+    ///
+    /// # Errors
+    /// [`PoolError::NoSpace`].
+    pub fn take_cluster(&mut self, space: &Space) -> Result<u32, PoolError> {
+        if self.slab.is_empty() {
+            self.slab = if self.reserve_left > 0 {
+                let most = SLAB_CLUSTERS_MAX.min(self.reserve_left);
+                let slab = space.take(most, Purpose::ReservedData)?;
+                self.reserve_left -= slab.end - slab.start;
+                slab
+            } else {
+                space.take(SLAB_CLUSTERS_MAX, Purpose::Data)?
+            };
+        }
+        self.slab.next().ok_or(PoolError::NoSpace)
+    }
+
+    /// Gives back what was set aside and not used.
+    pub fn drop_slab(&mut self, space: &Space) {
+        space.give_back(std::mem::take(&mut self.slab), true);
+    }
+
+    /// Clusters set aside and not used.
+    #[must_use]
+    pub fn slab_len(&self) -> u32 {
+        self.slab.end - self.slab.start
+    }
+
+    /// Drops a reference that no entry of this map holds any more.
+    pub fn drop_later(&mut self, dropped: Dropped) {
+        self.drops.push(dropped);
+    }
+
+    /// Puts `tree` in the place of this disk's map; the old one is dropped.
+    pub fn replace_tree(&mut self, tree: Tree) {
+        let old = std::mem::replace(&mut self.tree, tree);
+        self.drops.extend(old.root.map(Dropped::Root));
+    }
+
+    /// Whether anything is waiting to be collected.
+    #[must_use]
+    pub fn has_changes(&self) -> bool {
+        !(self.dirty_leaves.is_empty() && self.unmaps.is_empty() && self.drops.is_empty())
+    }
+
+    /// Most records that [`Map::collect`] could return now.
+    #[must_use]
+    pub fn pending_max(&self) -> usize {
+        self.dirty_leaves.len() * 64 + self.unmaps.len()
+    }
+
+    /// Takes what changed since the last time as records, about `most` at most; the references
+    /// dropped by them come along with the last. `true` if nothing is left. Built from the entries
+    /// as they are now: an `alloc` bit is there only if its data write has completed (R1, I2).
+    pub fn collect(
+        &mut self,
+        most: usize,
+        records: &mut Vec<Record>,
+        drops: &mut Vec<Dropped>,
+        space: &Space,
+    ) -> bool {
+        let id = self.id;
+        // Unmaps first: an entry set after an unmap is dirty, and its record says what it is now.
+        records.extend(
+            self.unmaps
+                .drain(..)
+                .map(|(first, count, is_zeroed)| Record::Unmap {
+                    disk: id,
+                    first,
+                    count,
+                    is_zeroed,
+                }),
+        );
+        while records.len() < most {
+            let Some(number) = self.dirty_leaves.pop() else {
+                drops.append(&mut self.drops);
+                return true;
+            };
+            if self.tree.leaf(number).is_none_or(|leaf| leaf.dirty == 0) {
+                continue;
+            }
+            let leaf = self.tree.leaf_mut(number, &space.counts);
+            let dirty = std::mem::take(&mut leaf.dirty);
+            for place in (0..64).filter(|place| dirty >> place & 1 == 1) {
+                let lcn = Lcn(number * 64 + place);
+                let entry = leaf.entries[leaf_of(lcn).1];
+                records.push(Record::Map {
+                    disk: id,
+                    lcn,
+                    entry,
+                });
+            }
+        }
+        let is_done = self.dirty_leaves.is_empty();
+        if is_done {
+            drops.append(&mut self.drops);
+        }
+        is_done
+    }
+
+    /// Unmaps `count` clusters from `first`. Whole leaves go at once, with one record for all.
+    /// Where the base shows through they become zeros; `zero_leaf` is a leaf of zeros to share.
+    pub fn unmap(
+        &mut self,
+        space: &Space,
+        first: Lcn,
+        count: u32,
+        size: ClusterSize,
+        zero_leaf: &Arc<Leaf>,
+        now: Generation,
+    ) {
+        let end = first.0 + count;
+        let base_end = size.count(self.base_len).unwrap_or(u32::MAX);
+        let mut lcn = first.0;
+        while lcn < end {
+            let (leaf, place) = leaf_of(Lcn(lcn));
+            let is_whole = place == 0 && end - lcn >= 64;
+            if is_whole {
+                lcn = self.unmap_leaves(leaf, (end - lcn) / 64, base_end, zero_leaf, now);
+                continue;
+            }
+            let zero = if lcn < base_end { u16::MAX } else { 0 };
+            let new = Entry {
+                zero,
+                ..Entry::default()
+            };
+            if self.get(Lcn(lcn)) != new {
+                self.set(space, Lcn(lcn), new, now);
+            }
+            lcn += 1;
+        }
+    }
+
+    /// Unmaps `count` leaves from leaf `first`; returns the cluster after them.
+    fn unmap_leaves(
+        &mut self,
+        first: u32,
+        count: u32,
+        base_end: u32,
+        zero_leaf: &Arc<Leaf>,
+        now: Generation,
+    ) -> u32 {
+        let end = first + count;
+        let zeroed_end = base_end.div_ceil(64).clamp(first, end);
+        for leaf in first..zeroed_end {
+            let old = self.tree.replace_leaf(leaf, Some(Arc::clone(zero_leaf)));
+            self.forget_leaf(old);
+        }
+        let mut next = self.tree.next_leaf(zeroed_end);
+        while let Some(leaf) = next.filter(|leaf| *leaf < end) {
+            let old = self.tree.replace_leaf(leaf, None);
+            self.forget_leaf(old);
+            next = leaf
+                .checked_add(1)
+                .and_then(|leaf| self.tree.next_leaf(leaf));
+        }
+        if zeroed_end > first {
+            self.unmaps
+                .push((Lcn(first * 64), (zeroed_end - first) * 64, true));
+        }
+        if end > zeroed_end {
+            self.unmaps
+                .push((Lcn(zeroed_end * 64), (end - zeroed_end) * 64, false));
+        }
+        self.changed = now;
+        end * 64
+    }
+
+    fn forget_leaf(&mut self, old: Option<Arc<Leaf>>) {
+        let Some(leaf) = old else { return };
+        let freed: u64 = leaf
+            .entries
+            .iter()
+            .map(|entry| self.counted_subs(entry))
+            .sum();
+        self.used_subs = self.used_subs.saturating_sub(freed);
+        self.drops.push(Dropped::Leaf(leaf));
+    }
+
+    /// Sets the limit from its catalogue form, bytes.
+    pub fn set_limit(&mut self, limit: Option<u64>, size: ClusterSize) {
+        self.limit_subs = limit.map(|bytes| bytes.div_ceil(size.sub_bytes()));
+    }
+
+    /// Marks `lcn` as having one fill fewer, and wakes who waits for that.
+    pub fn end_fill(&mut self, lcn: Lcn) {
+        if let Some(busy) = self.busy.get_mut(&lcn.0) {
+            busy.fills = busy.fills.saturating_sub(1);
+            if busy.fills == 0 && !busy.is_copying {
+                self.busy.remove(&lcn.0);
+                self.wake();
+            }
+        }
+    }
+
+    /// Marks `lcn` as no longer copied into, and wakes who waits for that.
+    pub fn end_copy(&mut self, lcn: Lcn) {
+        self.busy.remove(&lcn.0);
+        self.wake();
+    }
+
+    fn wake(&mut self) {
+        for waker in self.waiting.drain(..) {
+            waker.wake();
+        }
+    }
+}
+
+/// Replay at open: nothing is in flight, counts are derived afterwards, nothing becomes dirty.
+impl Map {
+    /// The catalogue row changed.
+    pub fn replay_row(&mut self, row: &Row) {
+        self.size = row.size;
+        self.base_len = row.base_len;
+        self.birth = row.birth_generation;
+    }
+
+    /// `lcn` maps to `entry`.
+    pub fn replay_entry(&mut self, replay: &Replay, lcn: Lcn, entry: Entry) {
+        let (leaf, place) = leaf_of(lcn);
+        self.tree.leaf_mut(leaf, &replay.counts).entries[place] = entry;
+        self.changed = Generation(replay.generation);
+    }
+
+    /// `count` clusters from `first` map to nothing, or to zeros.
+    pub fn replay_unmap(&mut self, replay: &Replay, first: Lcn, count: u32, is_zeroed: bool) {
+        let zero_leaf = is_zeroed.then(|| Arc::clone(&replay.zero_leaf));
+        let new = Entry {
+            zero: if is_zeroed { u16::MAX } else { 0 },
+            ..Entry::default()
+        };
+        let end = first.0.saturating_add(count);
+        let mut lcn = first.0;
+        while lcn < end {
+            let (leaf, place) = leaf_of(Lcn(lcn));
+            if place == 0 && end - lcn >= 64 {
+                self.tree.replace_leaf(leaf, zero_leaf.clone());
+                lcn += 64;
+            } else {
+                self.tree.leaf_mut(leaf, &replay.counts).entries[place] = new;
+                lcn += 1;
+            }
+        }
+        self.changed = Generation(replay.generation);
+    }
+
+    /// The map becomes a fork's, in `generation`.
+    pub fn become_fork(&mut self, tree: Tree, generation: Generation) {
+        self.tree = tree;
+        self.last_fork = generation;
+        self.changed = generation;
+        self.birth = generation;
+    }
+}
