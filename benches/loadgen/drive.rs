@@ -195,8 +195,8 @@ impl Driver {
     /// Waits for completions and takes all there are; returns the time they were seen.
     ///
     /// # Errors
-    /// The call eventfd could not be read.
-    fn wait(&mut self, done: &mut Vec<Done>) -> std::io::Result<Instant> {
+    /// As for [`Device::sleep`].
+    fn wait(&mut self, done: &mut Vec<Done>) -> Result<Instant, Box<dyn Error>> {
         done.clear();
         match self.args.wait {
             Wait::Spin => {

@@ -7,10 +7,11 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio_driver::{
     EventFd, QueueNotifier, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport,
@@ -23,6 +24,9 @@ use vm_memory::{Bytes as _, FileOffset, VolatileMemory as _};
 const DESCRIPTORS_PER_REQUEST: u16 = 3;
 /// Smallest ring worth having: what a Linux guest asks of most backends.
 const RING_SIZE_MIN: u16 = 128;
+
+/// Longest silence of a backend that has requests, in milliseconds.
+const SILENCE_MS_MAX: u16 = 30_000;
 
 /// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,12 +176,21 @@ impl Device {
         self.queue.completions().has_next()
     }
 
-    /// Sleeps until the backend notifies.
+    /// Sleeps until the backend notifies. A backend may have made the eventfd non-blocking for both
+    /// sides (libvhost-user does), so poll(2) does the waiting.
     ///
     /// # Errors
-    /// The call eventfd could not be read.
-    pub(crate) fn sleep(&self) -> std::io::Result<()> {
-        self.call.read().map(|_count| ())
+    /// The backend has gone, or has said nothing for [`SILENCE_MS_MAX`].
+    pub(crate) fn sleep(&self) -> Result<(), Box<dyn Error>> {
+        let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::from(SILENCE_MS_MAX))? == 0 {
+            return Err("the backend has completed nothing for 30 s".into());
+        }
+        match self.call.read() {
+            Ok(_count) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Moves every completion that is there into `done`.
