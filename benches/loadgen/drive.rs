@@ -11,6 +11,9 @@ use crate::measure::{CpuTimes, Histogram, now};
 use crate::workload::{Model, Rng, Workload};
 use crate::{Args, Wait};
 
+/// Looks at the used ring before a spinning client gives its backend up.
+const SPIN_LOOKS_MAX: u64 = 5_000_000_000;
+
 /// A request in flight.
 #[derive(Clone, Copy, Debug)]
 struct Flight {
@@ -195,13 +198,19 @@ impl Driver {
     /// Waits for completions and takes all there are; returns the time they were seen.
     ///
     /// # Errors
-    /// As for [`Device::sleep`].
+    /// As for [`Device::sleep`]; a spinning client gives up after [`SPIN_LOOKS_MAX`].
     fn wait(&mut self, done: &mut Vec<Done>) -> Result<Instant, Box<dyn Error>> {
         done.clear();
         match self.args.wait {
             Wait::Spin => {
+                let mut looks = 0_u64;
                 while !self.device.has_done() {
                     std::hint::spin_loop();
+                    looks += 1;
+                    // At some nanoseconds a look this is minutes: the backend has gone.
+                    if looks == SPIN_LOOKS_MAX {
+                        return Err("the backend has completed nothing for very long".into());
+                    }
                 }
             }
             Wait::Block => {
