@@ -3,8 +3,8 @@
 import math
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT = 760, 440
-LEFT, RIGHT, TOP, BOTTOM = 84, 150, 56, 64
+WIDTH, HEIGHT = 800, 440
+LEFT, RIGHT, TOP, BOTTOM = 84, 190, 56, 64
 COLOURS = {"tidepool": "#0b6e99", "qcow2": "#c2410c"}
 SPARE_COLOURS = ["#4d7c0f", "#6d28d9"]
 MARKS = ["circle", "square"]
@@ -63,8 +63,9 @@ def axes(top, y_of):
     return parts
 
 
-def depth_plot(series):
-    """`series` maps a name to [(depth, {median, min, max})]; bars show least to most."""
+def depth_plot(series, absent=()):
+    """`series` maps a name to [(depth, {median, min, max})]; bars show least to most. `absent` are
+    (name, depth, why) that gave no figure: a cross on the axis with the reason."""
     top = nice_top(max(value["max"] for points in series.values() for _, value in points))
     floor = HEIGHT - BOTTOM
 
@@ -88,7 +89,12 @@ def depth_plot(series):
             parts.append(mark(kind, x, y, colour))
             parts.append(text(x + 6, y - 9, short(value["median"]), 11, "start", f'style="fill:{colour}"'))
         y = TOP + 12 + index * 24
-        parts.append(line(WIDTH - RIGHT + 24, y, WIDTH - RIGHT + 50, y, f'stroke="{colour}" stroke-width="2.2"'))
-        parts.append(mark(kind, WIDTH - RIGHT + 37, y, colour))
-        parts.append(text(WIDTH - RIGHT + 58, y + 4, name, 13, "start"))
+        parts.append(line(WIDTH - RIGHT + 56, y, WIDTH - RIGHT + 82, y, f'stroke="{colour}" stroke-width="2.2"'))
+        parts.append(mark(kind, WIDTH - RIGHT + 69, y, colour))
+        parts.append(text(WIDTH - RIGHT + 90, y + 4, name, 13, "start"))
+    for name, depth, why in absent:
+        x, colour = x_of(depth), COLOURS.get(name, "#57606a")
+        for sign in (-1, 1):
+            parts.append(line(x - 5, floor - 5 * sign, x + 5, floor + 5 * sign, f'stroke="{colour}" stroke-width="2.2"'))
+        parts.append(text(x + 10, floor - 12, why, 11, extra=f'style="fill:{colour}"'))
     return "\n".join([*parts, "</svg>", ""])

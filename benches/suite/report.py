@@ -72,10 +72,21 @@ def verdicts(row):
                 yield [cell["label"], promise(one), spread_ratio(value), "met" if is_met(one, value) else "**MISSED**"]
 
 
+def others(row):
+    """CPUs that neither client nor backend used, run by run: the kernel's threads and other work."""
+    for cell in row["cells"]:
+        for run in (run for runs in cell["runs"].values() for run in runs):
+            if "machine_without_client" in run["cpu_us"]:
+                rest = run["cpu_us"]["machine_without_client"] - run["cpu_us"]["backend"]
+                yield max(0.0, rest * run["iops"] / 1e6)
+
+
 def about(row):
+    rest = summary(others(row))
     quick = " A smoke test: the figures mean little." if row["quick"] else ""
     return (f"Commit {row['commit']}, {row['date']}: medians of {row['rounds']} interleaved rounds of {row['seconds']:g} s "
-            f"on {row['span_mib']} MiB (least..most).{quick}")
+            f"on {row['span_mib']} MiB (least..most). Kernel threads and other work took {rest['median']:.2f} CPUs "
+            f"({rest['min']:.2f}..{rest['max']:.2f}).{quick}")
 
 
 def section(name, row):
@@ -118,6 +129,13 @@ def series_of(results):
     return {name: sorted(points, key=lambda p: p[0]) for name, points in found.items()}
 
 
+def absent_of(results):
+    """Fork-depth points without a figure: [(series, depth, why)]."""
+    cells = results["rows"].get("depth", {}).get("cells", [])
+    found = [(re.fullmatch(r"(\S+) depth (\d+)", cell["label"]), cell.get("note")) for cell in cells]
+    return [(match[1], int(match[2]), note) for match, note in found if match and note]
+
+
 def write(results, docs, order):
     """Writes the documents; returns the number of promises missed."""
     done = [name for name in order if name in results["rows"]]
@@ -135,5 +153,5 @@ def write(results, docs, order):
     (docs / "BENCHMARKS.md").write_text("\n".join(lines))
     series = series_of(results)
     if series:
-        (docs / "fork-depth.svg").write_text(plot.depth_plot(series))
+        (docs / "fork-depth.svg").write_text(plot.depth_plot(series, absent_of(results)))
     return len(missed)
