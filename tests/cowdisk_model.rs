@@ -69,7 +69,10 @@ impl Flat {
 
     fn may_be(&self, sector: usize, value: Value) -> bool {
         self.now[sector] == value
-            || self.past.get(&sector).is_some_and(|past| past.contains(&value))
+            || self
+                .past
+                .get(&sector)
+                .is_some_and(|past| past.contains(&value))
     }
 }
 
@@ -94,7 +97,11 @@ impl World {
         let storage = Arc::new(SimStorage::new(POOL_LEN));
         let log2 = [14, 16, 18][random.below(3)];
         let cluster_size = ClusterSize::from_log2(log2).expect("in range");
-        let options = CreateOptions { cluster_size, uuid: [9; 16], ..CreateOptions::new(POOL_LEN) };
+        let options = CreateOptions {
+            cluster_size,
+            uuid: [9; 16],
+            ..CreateOptions::new(POOL_LEN)
+        };
         open::create(&*storage, &options).expect("an empty pool");
         let pool = open_pool(&storage);
         Self {
@@ -110,8 +117,12 @@ impl World {
 
     fn pick(&mut self, wants_snapshot: Option<bool>) -> Option<String> {
         let fits = |flat: &&Flat| wants_snapshot.is_none_or(|w| flat.is_snapshot == w);
-        let names: Vec<&String> =
-            self.disks.iter().filter(|(_, flat)| fits(flat)).map(|(name, _)| name).collect();
+        let names: Vec<&String> = self
+            .disks
+            .iter()
+            .filter(|(_, flat)| fits(flat))
+            .map(|(name, _)| name)
+            .collect();
         match names.len() {
             0 => None,
             n => Some(names[self.random.below(n)].clone()),
@@ -168,7 +179,9 @@ impl World {
     }
 
     fn write(&mut self) {
-        let Some(name) = self.pick(Some(false)) else { return };
+        let Some(name) = self.pick(Some(false)) else {
+            return;
+        };
         let sectors = self.disks[&name].now.len();
         let (at, len) = self.range(sectors);
         let mut bytes = Vec::new();
@@ -201,7 +214,8 @@ impl World {
         let flat = self.disks.get_mut(name).expect("picked");
         for (n, value) in values.iter().enumerate() {
             let mut sector = [0; SECTOR];
-            disk.read_at(&mut sector, ((at + n) * SECTOR) as u64).expect("reads");
+            disk.read_at(&mut sector, ((at + n) * SECTOR) as u64)
+                .expect("reads");
             if sector == fill(*value) {
                 flat.set(at + n, *value);
             }
@@ -209,14 +223,21 @@ impl World {
     }
 
     fn discard(&mut self) {
-        let Some(name) = self.pick(Some(false)) else { return };
+        let Some(name) = self.pick(Some(false)) else {
+            return;
+        };
         let sectors = self.disks[&name].now.len();
         let (at, len) = self.range(sectors);
         self.log.push(format!("discard {name} {at}+{len}"));
         let disk = self.disk(&name);
-        disk.discard((at * SECTOR) as u64, (len * SECTOR) as u64).expect("discards");
+        disk.discard((at * SECTOR) as u64, (len * SECTOR) as u64)
+            .expect("discards");
         let block = disk.block_size() as usize / SECTOR;
-        let end = if at + len == sectors { at + len } else { (at + len) / block * block };
+        let end = if at + len == sectors {
+            at + len
+        } else {
+            (at + len) / block * block
+        };
         let flat = self.disks.get_mut(&name).expect("picked");
         for sector in at.next_multiple_of(block)..end {
             flat.set(sector, 0);
@@ -225,7 +246,9 @@ impl World {
     }
 
     fn zero(&mut self) {
-        let Some(name) = self.pick(Some(false)) else { return };
+        let Some(name) = self.pick(Some(false)) else {
+            return;
+        };
         let sectors = self.disks[&name].now.len();
         let (at, len) = self.range(sectors);
         let may_unmap = self.random.below(2) == 0;
@@ -252,10 +275,17 @@ impl World {
         let sectors = self.disks[&name].now.len();
         let (at, len) = self.range(sectors);
         let mut bytes = vec![0xaa; len * SECTOR];
-        self.disk(&name).read_at(&mut bytes, (at * SECTOR) as u64).expect("reads");
+        self.disk(&name)
+            .read_at(&mut bytes, (at * SECTOR) as u64)
+            .expect("reads");
         for (n, sector) in bytes.chunks_exact(SECTOR).enumerate() {
             let expected = self.disks[&name].now[at + n];
-            assert!(sector == fill(expected), "{name} sector {}: {}", at + n, self.explain(sector));
+            assert!(
+                sector == fill(expected),
+                "{name} sector {}: {}",
+                at + n,
+                self.explain(sector)
+            );
         }
     }
 
@@ -302,7 +332,9 @@ impl World {
         if self.disks.len() + 3 > DISKS_MAX {
             return;
         }
-        let Some(source) = self.pick(None) else { return };
+        let Some(source) = self.pick(None) else {
+            return;
+        };
         let count = 1 + self.random.below(3);
         let names: Vec<String> = (0..count).map(|_| self.name()).collect();
         self.log.push(format!("fork {source} {names:?}"));
@@ -322,7 +354,9 @@ impl World {
         if self.disks.len() >= DISKS_MAX {
             return;
         }
-        let Some(source) = self.pick(Some(false)) else { return };
+        let Some(source) = self.pick(Some(false)) else {
+            return;
+        };
         self.next_name += 1;
         let snapshot = format!("s{}", self.next_name);
         self.log.push(format!("snapshot {source}@{snapshot}"));
@@ -335,7 +369,9 @@ impl World {
     }
 
     fn rollback(&mut self) {
-        let Some(snapshot) = self.pick(Some(true)) else { return };
+        let Some(snapshot) = self.pick(Some(true)) else {
+            return;
+        };
         self.log.push(format!("rollback {snapshot}"));
         cowdisk::rollback(&self.pool, &snapshot).expect("rolls back");
         let disk = snapshot.split('@').next().expect("a disk").to_owned();
@@ -343,14 +379,22 @@ impl World {
         self.disks.get_mut(&disk).expect("snapshots have disks").now = now;
         self.changed(&disk);
         // A rollback is a change, but a fork of what the disk is now may be committed into it.
-        self.disks.get_mut(&disk).expect("snapshots have disks").parent_is_unchanged = false;
+        self.disks
+            .get_mut(&disk)
+            .expect("snapshots have disks")
+            .parent_is_unchanged = false;
         self.all_durable();
     }
 
     fn commit(&mut self) {
-        let Some(child) = self.pick(Some(false)) else { return };
+        let Some(child) = self.pick(Some(false)) else {
+            return;
+        };
         let flat = self.disks[&child].clone();
-        let Some(parent) = flat.parent.clone().filter(|parent| self.disks.contains_key(parent))
+        let Some(parent) = flat
+            .parent
+            .clone()
+            .filter(|parent| self.disks.contains_key(parent))
         else {
             return;
         };
@@ -363,7 +407,10 @@ impl World {
         let target = self.disks.get_mut(&parent).expect("filtered");
         target.now = flat.now;
         target.parent_is_unchanged = false;
-        self.disks.get_mut(&child).expect("picked").parent_is_unchanged = true;
+        self.disks
+            .get_mut(&child)
+            .expect("picked")
+            .parent_is_unchanged = true;
         self.all_durable();
     }
 
@@ -376,12 +423,15 @@ impl World {
             cowdisk::remove(&self.pool, &name, false).expect_err("it has snapshots");
         }
         cowdisk::remove(&self.pool, &name, true).expect("removes");
-        self.disks.retain(|other, _| *other != name && !other.starts_with(&prefix));
+        self.disks
+            .retain(|other, _| *other != name && !other.starts_with(&prefix));
         self.all_durable();
     }
 
     fn resize(&mut self) {
-        let Some(name) = self.pick(Some(false)) else { return };
+        let Some(name) = self.pick(Some(false)) else {
+            return;
+        };
         let sectors = 1 + self.random.below(DISK_LEN_MAX / SECTOR);
         self.log.push(format!("resize {name} {sectors}"));
         let result = cowdisk::resize(&self.pool, &name, (sectors * SECTOR) as u64, true);
@@ -389,13 +439,19 @@ impl World {
             assert_eq!(e.kind(), cowdisk::DiskErrorKind::NoSpace, "{e}");
             return;
         }
-        self.disks.get_mut(&name).expect("picked").now.resize(sectors, 0);
+        self.disks
+            .get_mut(&name)
+            .expect("picked")
+            .now
+            .resize(sectors, 0);
         self.changed(&name);
         self.all_durable();
     }
 
     fn rename(&mut self) {
-        let Some(name) = self.pick(Some(false)) else { return };
+        let Some(name) = self.pick(Some(false)) else {
+            return;
+        };
         let new_name = self.name();
         self.log.push(format!("rename {name} {new_name}"));
         cowdisk::rename(&self.pool, &name, &new_name).expect("renames");
@@ -449,14 +505,23 @@ impl World {
     fn settle(&mut self, name: &str) {
         let disk = self.disk(name);
         let sectors = self.disks[name].now.len();
-        assert_eq!(disk.size(), (sectors * SECTOR) as u64, "{}", self.log.join("\n"));
+        assert_eq!(
+            disk.size(),
+            (sectors * SECTOR) as u64,
+            "{}",
+            self.log.join("\n")
+        );
         let mut bytes = vec![0; sectors * SECTOR];
         disk.read_at(&mut bytes, 0).expect("reads");
         for (n, sector) in bytes.chunks_exact(SECTOR).enumerate() {
             let value = u64::from_le_bytes(sector[..8].try_into().expect("8 bytes"));
             let is_whole = sector == fill(value);
             let may_be = is_whole && self.disks[name].may_be(n, value);
-            assert!(may_be, "{name} sector {n} after a crash: {}", self.explain(sector));
+            assert!(
+                may_be,
+                "{name} sector {n} after a crash: {}",
+                self.explain(sector)
+            );
             let flat = self.disks.get_mut(name).expect("named");
             flat.now[n] = value;
         }
@@ -478,8 +543,12 @@ impl World {
     /// With every disk gone, all space is back.
     fn finish(mut self) {
         self.verify_all();
-        let names: Vec<String> =
-            self.disks.keys().filter(|name| !name.contains('@')).cloned().collect();
+        let names: Vec<String> = self
+            .disks
+            .keys()
+            .filter(|name| !name.contains('@'))
+            .cloned()
+            .collect();
         for name in names {
             cowdisk::remove(&self.pool, &name, true).expect("removes");
         }
@@ -495,9 +564,15 @@ impl World {
             open::create(&*storage, &options).expect("an empty pool");
             open_pool(&storage).space.usage()
         };
-        let image = after.superblock().image.map_or(0, |image| image.len >> after.cluster_size().log2());
+        let image = after
+            .superblock()
+            .image
+            .map_or(0, |image| image.len >> after.cluster_size().log2());
         let lost = u64::from(fresh.clean) - u64::from(usage.clean + usage.written);
-        assert!(lost <= image + 2, "{lost} clusters are lost, the image has {image}");
+        assert!(
+            lost <= image + 2,
+            "{lost} clusters are lost, the image has {image}"
+        );
     }
 }
 
@@ -519,7 +594,11 @@ fn random_histories_agree_with_flat_arrays() {
     }
     let seconds = std::env::var("TIDEPOOL_SECONDS").map_or(20, |s| s.parse().expect("a number"));
     let end = Instant::now() + Duration::from_secs(seconds);
-    let first = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs() << 20;
+    let first = std::time::UNIX_EPOCH
+        .elapsed()
+        .expect("after 1970")
+        .as_secs()
+        << 20;
     let mut histories = 0;
     while Instant::now() < end {
         run(first + histories, 400);

@@ -101,7 +101,7 @@ impl Catalogue {
     pub fn replay(
         &mut self,
         record: Record,
-        replay: &mut super::open::Replay,
+        replay: &mut super::load::Replay,
         size: ClusterSize,
     ) -> Result<(), PoolError> {
         let unknown =

@@ -224,6 +224,28 @@ impl Journal {
             && header.stamp.open_epoch <= self.open_epoch
     }
 
+    /// Makes what follows the last good batch unreadable, for a repair that gives it up.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn erase_rest(&self, storage: &dyn Storage) -> Result<(), PoolError> {
+        let zeros = AlignedBuf::new(len_of(BATCH_LEN_MAX));
+        let other = 1 - self.active;
+        let is_needed = self.halves[index(other)].is_some_and(|half| half.last_seq > 0);
+        let erase = |half: u32, from: u64| {
+            let mut at = from;
+            while at < self.half_len {
+                let len = len_of((self.half_len - at).min(BATCH_LEN_MAX));
+                storage.write_at(&zeros[..len], self.at[index(half)] + at)?;
+                at += BATCH_LEN_MAX;
+            }
+            storage.flush()
+        };
+        let erased = erase(self.active, self.used)
+            .and_then(|()| if is_needed { Ok(()) } else { erase(other, 0) });
+        erased.map_err(PoolError::storage("erasing the damaged end of the journal"))
+    }
+
     /// One batch is outstanding at a time (R9), so nothing intact follows the end of the journal
     /// except batches of earlier rounds, with lower numbers.
     fn refuse_if_later_batches(&self, storage: &dyn Storage) -> Result<(), PoolError> {

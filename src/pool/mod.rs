@@ -40,16 +40,20 @@
 
 pub mod bitmap;
 pub mod catalogue;
+pub mod check;
 pub mod commit;
 pub mod counts;
+pub mod dump;
 pub mod entry;
 pub mod error;
 pub mod gate;
 pub mod image;
 pub mod journal;
+pub mod load;
 pub mod map;
 pub mod open;
 pub mod reclaim;
+pub mod resize;
 pub mod space;
 pub mod volume;
 pub mod walk;

@@ -1,30 +1,21 @@
 //! Creating, opening and closing a pool: superblock, image, replay, and what is derived from them.
 
-use super::catalogue::Catalogue;
+use super::Pool;
 use super::commit::Commits;
-use super::counts::Counts;
 use super::error::PoolError;
 use super::gate::Epochs;
-use super::image::Loader;
-use super::journal::{Journal, uuid_low};
-use super::map::Leaf;
+use super::load::{Loaded, check_len, derive, load, read_superblock};
 use super::space::Space;
-use super::volume::Volume;
-use super::walk::{Seen, walk_all};
-use super::{Pool, image};
-use crate::format::image::decode_token;
-use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
-use crate::format::journal::Entry;
+use super::walk::walk_all;
 use crate::format::superblock::{
     JOURNAL_AT, JOURNAL_HALF_MAX, JOURNAL_HALF_MIN, JournalStart, OWNER_NOTE_AT, SUPERBLOCK_AT,
     SUPERBLOCK_LEN, Superblock,
 };
-use crate::format::units::{BLOCK, Cluster, ClusterSize, DiskId, bytes_of, index, len_of};
+use crate::format::units::{BLOCK, ClusterSize, bytes_of, len_of};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::atomic::{AtomicBool, AtomicU32};
 use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::collections::VecDeque;
-use std::ops::Range;
 
 /// Smallest pool, bytes.
 pub const POOL_LEN_MIN: u64 = 16 << 20;
@@ -76,19 +67,6 @@ pub struct OpenOptions {
     pub returning: Return,
     /// Who opens it, for others to be told: a line of text.
     pub owner: String,
-}
-
-/// What replay carries along.
-#[derive(Debug)]
-pub struct Replay {
-    /// The pool's generation so far.
-    pub generation: u32,
-    /// The next disk id so far.
-    pub next_disk: u32,
-    /// Takes the counts of copied nodes; the real ones are derived afterwards.
-    pub counts: Counts,
-    /// Shared by all whole leaves of zeros.
-    pub zero_leaf: Arc<Leaf>,
 }
 
 /// Makes an empty pool in `storage`, which is set to the pool's size (a sparse file grows as it is
@@ -152,38 +130,6 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Pool
     Ok(())
 }
 
-/// The newest intact superblock, and whether the other copy needs rewriting.
-///
-/// # Errors
-/// Neither copy is intact; the first one's fault is told.
-pub fn read_superblock(storage: &dyn Storage) -> Result<(Superblock, bool), PoolError> {
-    let len = storage
-        .len()
-        .map_err(PoolError::storage("reading the superblock"))?;
-    let mut copies = Vec::new();
-    for at in SUPERBLOCK_AT {
-        let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
-        if at + bytes_of(SUPERBLOCK_LEN) > len {
-            copies.push(Superblock::decode(&[]));
-            continue;
-        }
-        storage
-            .read_at(&mut bytes, at)
-            .map_err(PoolError::storage("reading the superblock"))?;
-        copies.push(Superblock::decode(&bytes));
-    }
-    let second = copies.pop().expect("two copies were read");
-    let first = copies.pop().expect("two copies were read");
-    match (first, second) {
-        (Ok(a), Ok(b)) => {
-            let differ = a.generation != b.generation;
-            Ok((if a.generation >= b.generation { a } else { b }, differ))
-        }
-        (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok((one, true)),
-        (Err(e), Err(_)) => Err(e.into()),
-    }
-}
-
 /// The note of who has the pool open, for people; empty if there is none.
 #[must_use]
 pub fn read_owner_note(storage: &dyn Storage) -> String {
@@ -208,41 +154,41 @@ impl Pool {
         if !options.is_read_only {
             superblock.check_writable()?;
         }
-        let len = storage
-            .len()
-            .map_err(PoolError::storage("opening the pool"))?;
-        if len < superblock.pool_len() {
-            return Err(PoolError::damaged(format!(
-                "the pool file has {len} bytes, but the pool {}: it was cut short",
-                superblock.pool_len()
-            )));
-        }
-        let size = superblock.cluster_size;
-        let (frozen, image_clusters) = load_image(&*storage, &superblock)?;
-        let mut replay = Replay {
-            generation: frozen.generation.0,
-            next_disk: frozen.next_disk.0,
-            counts: Counts::new(),
-            zero_leaf: Arc::new(zero_leaf()),
-        };
-        let mut catalogue = Catalogue::default();
-        for disk in frozen.disks {
-            let (row, tree) = (disk.row, disk.tree);
-            let volume = Volume::new(&row, tree, disk.last_fork, disk.changed, size);
-            catalogue.put(row, &Arc::new(volume));
-        }
-        let mut journal = Journal::new(&superblock);
-        while let Some(records) = journal.replay_next(&*storage)? {
-            for record in records {
-                catalogue.replay(record, &mut replay, size)?;
-            }
+        check_len(&*storage, &superblock)?;
+        let loaded = load(&*storage, superblock)?;
+        if let Some(fault) = loaded.journal_fault {
+            return Err(fault);
         }
         let space = Space::new();
-        derive(&catalogue, &superblock, &space, &image_clusters)?;
+        if let Some(fault) = derive(&loaded, &space).first() {
+            return Err(PoolError::damaged(fault.to_string()));
+        }
+        let pool = Self::assemble(storage, loaded, space, options);
+        if !options.is_read_only {
+            pool.begin_epoch(&options.owner)?;
+        }
+        Ok(Arc::new(pool))
+    }
+
+    /// The pool from its parts.
+    pub(super) fn assemble(
+        storage: Arc<dyn Storage>,
+        loaded: Loaded,
+        space: Space,
+        options: &OpenOptions,
+    ) -> Pool {
+        let Loaded {
+            superblock,
+            catalogue,
+            mut journal,
+            replay,
+            image_clusters,
+            ..
+        } = loaded;
         journal.set_open_epoch(superblock.open_epoch + 1);
         let pool = Pool {
             storage,
-            cluster_size: size,
+            cluster_size: superblock.cluster_size,
             is_read_only: options.is_read_only,
             superblock: Mutex::new(superblock),
             space,
@@ -265,14 +211,11 @@ impl Pool {
         };
         pool.restore_quotas();
         pool.keep_image_reserve();
-        if !options.is_read_only {
-            pool.begin_epoch(&options.owner)?;
-        }
-        Ok(Arc::new(pool))
+        pool
     }
 
     /// Batches of this opening are told from those of earlier ones (R9).
-    fn begin_epoch(&self, owner: &str) -> Result<(), PoolError> {
+    pub(super) fn begin_epoch(&self, owner: &str) -> Result<(), PoolError> {
         self.write_owner_note(owner)?;
         let mut superblock = self.superblock();
         superblock.open_epoch += 1;
@@ -310,9 +253,11 @@ impl Pool {
         self.storage
             .flush()
             .map_err(|e| self.poison("flushing at close", e))?;
-        let mut superblock = self.superblock();
-        superblock.is_clean = true;
-        self.write_superblock(superblock)
+        self.transact(&[], |_| {
+            let mut superblock = self.superblock();
+            superblock.is_clean = true;
+            self.write_superblock(superblock)
+        })
     }
 
     /// Limits and reserves from the catalogue; what counts for them is counted.
@@ -327,163 +272,6 @@ impl Pool {
             }
         }
     }
-}
-
-/// All sub-clusters of all entries zero.
-#[must_use]
-pub fn zero_leaf() -> Leaf {
-    let zero = Entry {
-        zero: u16::MAX,
-        ..Entry::default()
-    };
-    Leaf {
-        entries: [zero; crate::format::image::LEAF_ENTRIES],
-        dirty: 0,
-    }
-}
-
-type ImageClusters = Vec<Range<u32>>;
-
-/// Loads the image in force, and lists its clusters.
-fn load_image(
-    storage: &dyn Storage,
-    superblock: &Superblock,
-) -> Result<(image::Frozen, ImageClusters), PoolError> {
-    let Some(image) = superblock.image else {
-        let generation = crate::format::units::Generation(1);
-        let (next_disk, disks) = (DiskId(1), Vec::new());
-        return Ok((
-            image::Frozen {
-                seq: 0,
-                generation,
-                next_disk,
-                disks,
-            },
-            Vec::new(),
-        ));
-    };
-    let size = superblock.cluster_size;
-    let stamp = ImageStamp {
-        uuid_low: uuid_low(&superblock.uuid),
-        seq: image.seq,
-    };
-    let mut block = AlignedBuf::new(size.len());
-    let read = |cluster: u32, block: &mut AlignedBuf| {
-        let read = storage.read_at(block, size.offset(Cluster(cluster)));
-        read.map_err(PoolError::storage("reading the checkpoint image"))
-    };
-    let mut extents = Vec::new();
-    let mut clusters = Vec::new();
-    let mut head = image.head;
-    while head != 0 {
-        if clusters.len() > index(superblock.cluster_count) {
-            return Err(PoolError::damaged(
-                "checkpoint image: its extent lists go round in a ring",
-            ));
-        }
-        clusters.push(head..head + 1);
-        read(head, &mut block)?;
-        let (found, next) = unseal_head(stamp, superblock.cluster_count, &block)?;
-        extents.extend(found);
-        head = next;
-    }
-    let blocks = image.len / size.bytes();
-    let mut loader = Loader::default();
-    let mut number = 0_u32;
-    for extent in &extents {
-        clusters.push(extent.start..extent.start + extent.count);
-        for cluster in extent.start..extent.start + extent.count {
-            if u64::from(number) == blocks {
-                break;
-            }
-            read(cluster, &mut block)?;
-            let mut tokens = unseal_block(stamp, number, &block)?;
-            while let Some(token) = decode_token(&mut tokens)? {
-                loader.feed(token)?;
-            }
-            number += 1;
-        }
-    }
-    Ok((loader.finish(image.seq)?, clusters))
-}
-
-/// Counts the references, checks every entry and I1, and declares the rest free.
-fn derive(
-    catalogue: &Catalogue,
-    superblock: &Superblock,
-    space: &Space,
-    image_clusters: &ImageClusters,
-) -> Result<(), PoolError> {
-    let size = superblock.cluster_size;
-    let count = superblock.cluster_count;
-    let first = size.count(superblock.metadata_end()).unwrap_or(u32::MAX);
-    let mut used = vec![0_u64; index(count)];
-    for range in image_clusters {
-        for cluster in range.clone() {
-            let place = used.get_mut(index(cluster)).filter(|_| cluster >= first);
-            match place {
-                Some(place) if *place == 0 => *place = u64::MAX,
-                Some(_) | None => {
-                    let what = format!("checkpoint image: cluster {cluster} cannot belong to it");
-                    return Err(PoolError::damaged(what));
-                }
-            }
-        }
-    }
-    let mut seen = Seen::default();
-    let mut fault = None;
-    for item in catalogue.iter() {
-        let family = u64::from(item.row.family.0);
-        let map = item.volume.map.read();
-        seen.walk(&map.tree, &mut |leaf, _, node| {
-            for (lcn, entry) in (leaf * 64..).zip(&node.entries) {
-                // Packed so that it is never 0: disk ids begin at 1.
-                let owner = (family << 32) | u64::from(lcn);
-                if let Some(what) = check_entry(entry, first, count, owner, &mut used, space) {
-                    fault.get_or_insert_with(|| {
-                        format!("disk `{}`, cluster {lcn}: {what}", item.row.name)
-                    });
-                }
-            }
-        });
-    }
-    if let Some(what) = fault {
-        return Err(PoolError::damaged(what));
-    }
-    let mut free_from = first;
-    for (cluster, used) in (0..count).zip(&used).skip(index(first)) {
-        if *used != 0 {
-            space.add_clean(free_from..cluster);
-            free_from = cluster + 1;
-        }
-    }
-    space.add_clean(free_from..count);
-    Ok(())
-}
-
-/// Counts what one entry refers to. I1: one (family, lcn) for each cluster.
-fn check_entry(
-    entry: &Entry,
-    first: u32,
-    count: u32,
-    owner: u64,
-    used: &mut [u64],
-    space: &Space,
-) -> Option<String> {
-    if let Some(fault) = entry.fault(first, count) {
-        return Some(fault.to_owned());
-    }
-    for cluster in entry.clusters().into_iter().filter(|cluster| *cluster != 0) {
-        let place = &mut used[index(cluster)];
-        if *place != 0 && *place != owner {
-            return Some(format!(
-                "cluster {cluster} of the pool is used elsewhere too"
-            ));
-        }
-        *place = owner;
-        space.counts.retain(cluster);
-    }
-    None
 }
 
 impl super::volume::Map {

@@ -1,10 +1,11 @@
 //! One disk or snapshot in memory: its map, what of the map is not yet in the journal, the
 //! clusters some request is busy with, and the gate its requests pass.
 
+use super::counts::Counts;
 use super::error::PoolError;
 use super::gate::Gate;
+use super::load::Replay;
 use super::map::{Dropped, Leaf, Tree, leaf_of};
-use super::open::Replay;
 use super::space::{Purpose, SLAB_CLUSTERS_MAX, Space};
 use crate::format::catalogue::Row;
 use crate::format::journal::{Entry, Record};
@@ -212,6 +213,16 @@ impl Map {
     /// Drops a reference that no entry of this map holds any more.
     pub fn drop_later(&mut self, dropped: Dropped) {
         self.drops.push(dropped);
+    }
+
+    /// Puts `lcn` into the next batch.
+    pub fn mark_dirty(&mut self, counts: &Counts, lcn: Lcn) {
+        let (leaf_number, place) = leaf_of(lcn);
+        let leaf = self.tree.leaf_mut(leaf_number, counts);
+        if leaf.dirty == 0 {
+            self.dirty_leaves.push(leaf_number);
+        }
+        leaf.dirty |= 1 << place;
     }
 
     /// Puts `tree` in the place of this disk's map; the old one is dropped.

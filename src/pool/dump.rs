@@ -1,0 +1,112 @@
+//! The metadata of a pool as text: a JSON object a line, for people and for scripts. Reads what
+//! can be read, and says where it cannot go on.
+
+use super::error::PoolError;
+use super::load::{load, read_superblock};
+use super::map::Tree;
+use super::walk::walk_all;
+use crate::format::journal::Entry;
+use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
+use crate::storage::{AlignedBuf, Storage};
+use serde_json::{Value, json};
+
+/// Calls `line` with each line of the dump.
+///
+/// # Errors
+/// The store failed, or the pool's metadata cannot be read further; what could be was dumped.
+pub fn dump(storage: &dyn Storage, line: &mut dyn FnMut(&Value)) -> Result<(), PoolError> {
+    for at in SUPERBLOCK_AT {
+        let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
+        let read = storage.read_at(&mut bytes, at);
+        read.map_err(PoolError::storage("reading the superblock"))?;
+        match Superblock::decode(&bytes) {
+            Ok(superblock) => line(&superblock_line(at, &superblock)),
+            Err(e) => line(&json!({"kind": "superblock", "at": at, "fault": e.to_string()})),
+        }
+    }
+    let (superblock, _) = read_superblock(storage)?;
+    let loaded = load(storage, superblock)?;
+    for run in &loaded.image_clusters {
+        line(&json!({"kind": "image", "cluster": run.start, "count": run.end - run.start}));
+    }
+    for item in loaded.catalogue.iter() {
+        let map = item.volume.map.read();
+        let row = serde_json::to_value(&item.row).unwrap_or(Value::Null);
+        let (last_fork, changed) = (map.last_fork.0, map.changed.0);
+        line(&json!({"kind": "disk", "row": row, "last_fork": last_fork, "changed": changed}));
+        dump_map(&item.row.name, &map.tree, line);
+    }
+    line(&json!({
+        "kind": "end",
+        "generation": loaded.replay.generation,
+        "next_disk": loaded.replay.next_disk,
+        "last_batch": loaded.journal.last_seq(),
+    }));
+    loaded.journal_fault.map_or(Ok(()), Err)
+}
+
+fn superblock_line(at: u64, superblock: &Superblock) -> Value {
+    let image = superblock
+        .image
+        .map(|image| json!({"seq": image.seq, "len": image.len, "head": image.head}));
+    let start = superblock.start;
+    json!({
+        "kind": "superblock",
+        "at": at,
+        "uuid": uuid::Uuid::from_bytes(superblock.uuid).to_string(),
+        "generation": superblock.generation,
+        "open_epoch": superblock.open_epoch,
+        "clean": superblock.is_clean,
+        "cluster_bytes": superblock.cluster_size.bytes(),
+        "cluster_count": superblock.cluster_count,
+        "journal_half": superblock.journal_half,
+        "journal_half_len": superblock.journal_half_len,
+        "start": {"half": start.half, "seq": start.seq, "prev_crc": start.prev_crc},
+        "image": image,
+    })
+}
+
+/// Runs of entries that follow from one another are one line.
+fn dump_map(disk: &str, tree: &Tree, line: &mut dyn FnMut(&Value)) {
+    let mut run: Option<(u32, u32, Entry)> = None;
+    let mut put = |run: Option<(u32, u32, Entry)>| {
+        if let Some((lcn, count, entry)) = run {
+            line(&json!({
+                "kind": "map", "disk": disk, "lcn": lcn, "count": count,
+                "own": entry.own, "under": entry.under,
+                "alloc": format!("{:04x}", entry.alloc), "zero": format!("{:04x}", entry.zero),
+                "birth": entry.birth,
+            }));
+        }
+    };
+    walk_all(tree, &mut |leaf, _, node| {
+        for (lcn, entry) in (leaf * 64..).zip(&node.entries) {
+            if *entry == Entry::default() {
+                continue;
+            }
+            match &mut run {
+                Some((first, count, start)) if goes_on((*first, *count, *start), lcn, entry) => {
+                    *count += 1;
+                }
+                Some(_) | None => put(run.replace((lcn, 1, *entry))),
+            }
+        }
+    });
+    put(run);
+}
+
+fn goes_on((first, count, start): (u32, u32, Entry), lcn: u32, entry: &Entry) -> bool {
+    let step = |cluster: u32| {
+        if cluster == 0 {
+            0
+        } else {
+            cluster.saturating_add(count)
+        }
+    };
+    let next = Entry {
+        own: step(start.own),
+        under: step(start.under),
+        ..start
+    };
+    lcn == first + count && *entry == next
+}
