@@ -1,9 +1,17 @@
 //! The only room where `unsafe` may be opted into: one kernel facility per file, each behind a
 //! safe type or function, so that every room above is plain safe Rust.
 //!
+//! - [`buffer`]: page-aligned buffers for direct I/O.
 //! - [`clock`]: the monotonic clock and the time of day.
 //! - [`mod@file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
 //!   durable writes, holes, open-file-description locks.
+//! - [`fd`]: eventfds, our own and those that come over a socket.
+//! - [`mmap`]: guest memory shared by a vhost-user front end.
+//! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
 
+pub mod buffer;
 pub mod clock;
+pub mod fd;
 pub mod file;
+pub mod mmap;
+pub mod uring;

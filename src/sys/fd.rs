@@ -1,0 +1,115 @@
+//! Event counters (eventfd(2)): how queues are kicked, how guests are called, how threads wake one
+//! another.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// What `/proc/self/fd` shows for an eventfd.
+const EVENTFD_LINK: &str = "anon_inode:[eventfd]";
+
+/// An eventfd, our own or one that came over a socket.
+///
+/// # Invariants
+/// The descriptor is an eventfd and was non-blocking when it was taken in: [`Event::signal`] does
+/// not block on a counter that its reader never empties.
+#[derive(Debug)]
+pub struct Event(OwnedFd);
+
+impl Event {
+    /// A fresh counter at zero.
+    ///
+    /// # Errors
+    /// As eventfd(2): out of descriptors or memory.
+    pub fn new() -> io::Result<Self> {
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self(event.into()))
+    }
+
+    /// Takes in a descriptor that somebody else made, after checking that it is an eventfd: a
+    /// write to anything else (a full pipe) could block for ever, and a poll of anything else
+    /// (a plain file) would never rest.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is not an eventfd; otherwise as fcntl(2).
+    pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
+        let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if link.as_os_str() != EVENTFD_LINK {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("descriptor is {}, not an eventfd", link.display()),
+            ));
+        }
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+        if !flags.contains(OFlag::O_NONBLOCK) {
+            fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        }
+        Ok(Self(fd))
+    }
+
+    /// Adds one to the counter. A counter that is full is as signalled as it can be, so that is
+    /// no error.
+    ///
+    /// # Errors
+    /// As write(2).
+    pub fn signal(&self) -> io::Result<()> {
+        #[expect(clippy::host_endian_bytes, reason = "eventfd(2) counts in host order")]
+        let one = 1_u64.to_ne_bytes();
+        match nix::unistd::write(&self.0, &one) {
+            Ok(_) | Err(Errno::EAGAIN) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Sets the counter back to zero and says whether it was anything else.
+    ///
+    /// # Errors
+    /// As read(2).
+    pub fn clear(&self) -> io::Result<bool> {
+        match nix::unistd::read(&self.0, &mut [0; 8]) {
+            Ok(_) => Ok(true),
+            Err(Errno::EAGAIN) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_until_cleared() {
+        let event = Event::new().expect("eventfd");
+        assert!(!event.clear().expect("clear"));
+        event.signal().expect("signal");
+        event.signal().expect("signal");
+        assert!(event.clear().expect("clear"));
+        assert!(!event.clear().expect("clear"));
+    }
+
+    #[test]
+    fn adopts_eventfds_only() {
+        let (read, _write) = nix::unistd::pipe().expect("pipe");
+        let error = Event::adopt(read).expect_err("a pipe is refused");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+
+        let blocking = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("eventfd");
+        let event = Event::adopt(blocking.into()).expect("an eventfd is taken");
+        // A full counter must not block the writer.
+        #[expect(clippy::host_endian_bytes, reason = "eventfd(2) counts in host order")]
+        let full = (u64::MAX - 1).to_ne_bytes();
+        nix::unistd::write(&event, &full).expect("fill");
+        event.signal().expect("a full counter is no error");
+    }
+}
