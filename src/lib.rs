@@ -4,6 +4,7 @@
 
 pub mod cowdisk;
 pub mod format;
+pub mod metrics;
 pub mod pool;
 pub mod storage;
 pub mod sync;
