@@ -9,3 +9,4 @@ pub mod pool;
 pub mod storage;
 pub mod sync;
 pub mod sys;
+pub mod virtio;
