@@ -9,4 +9,5 @@ pub mod pool;
 pub mod storage;
 pub mod sync;
 pub mod sys;
+pub mod vhost_blk;
 pub mod virtio;

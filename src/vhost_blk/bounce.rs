@@ -1,0 +1,52 @@
+//! Buffers for guest memory that direct I/O cannot use as it is, and for reads of bases. Kept and
+//! used again; the memory they take is bounded.
+
+use crate::sys::buffer::AlignedBuf;
+
+/// Bytes of a large buffer: longer pieces are cut.
+pub(super) const LARGE: u32 = 32 << 10;
+const SMALL: u32 = 4 << 10;
+/// Bytes lent out at which no further request gets any (a request that has begun gets all).
+const LENT_MAX: u64 = 32 << 20;
+/// Buffers of each size that are kept.
+const KEPT_MAX: usize = 256;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Bounce {
+    small: Vec<AlignedBuf>,
+    large: Vec<AlignedBuf>,
+    lent: u64,
+}
+
+impl Bounce {
+    /// Whether a request that needs buffers may begin.
+    pub(super) fn has_room(&self) -> bool {
+        self.lent < LENT_MAX
+    }
+
+    /// A buffer of at least `len` bytes, at most [`LARGE`].
+    pub(super) fn take(&mut self, len: u32) -> AlignedBuf {
+        let (kept, size) = if len <= SMALL {
+            (&mut self.small, SMALL)
+        } else {
+            (&mut self.large, LARGE)
+        };
+        self.lent += u64::from(size);
+        let bytes = usize::try_from(size.max(len)).unwrap_or(usize::MAX);
+        kept.pop().unwrap_or_else(|| AlignedBuf::new(bytes))
+    }
+
+    pub(super) fn give(&mut self, buffer: AlignedBuf) {
+        let size = u32::try_from(buffer.capacity()).unwrap_or(LARGE);
+        self.lent = self.lent.saturating_sub(u64::from(size));
+        let kept = if size <= SMALL {
+            &mut self.small
+        } else {
+            &mut self.large
+        };
+        if kept.len() < KEPT_MAX {
+            kept.push(buffer);
+        }
+    }
+}

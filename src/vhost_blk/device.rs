@@ -1,0 +1,92 @@
+//! One served disk: what its sessions and queues share.
+
+use crate::cowdisk::Disk;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, Mutex};
+use crate::virtio::blk;
+
+use super::helpers::{Flusher, Helpers};
+use super::stats::{DiskStats, LaneStats};
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Device {
+    pub(super) disk: Disk,
+    pub(super) queues_max: u16,
+    pub(super) flusher: Arc<Flusher>,
+    pub(super) helpers: Arc<Helpers>,
+    /// The `writeback` field of the configuration space.
+    writeback: AtomicBool,
+    stats: Mutex<Stats>,
+}
+
+#[derive(Debug, Default)]
+struct Stats {
+    /// Of queues that stopped.
+    past: DiskStats,
+    running: Vec<Arc<LaneStats>>,
+}
+
+impl Device {
+    pub(super) fn new(
+        disk: Disk,
+        queues_max: u16,
+        flusher: Arc<Flusher>,
+        helpers: Arc<Helpers>,
+    ) -> Self {
+        Self {
+            disk,
+            queues_max,
+            flusher,
+            helpers,
+            writeback: AtomicBool::new(true),
+            stats: Mutex::new(Stats::default()),
+        }
+    }
+
+    pub(super) fn features(&self) -> u64 {
+        blk::features(self.disk.is_read_only(), self.queues_max > 1)
+    }
+
+    pub(super) fn config(&self) -> blk::Config {
+        blk::Config::new(&blk::Geometry {
+            size: self.disk.size(),
+            block_size: self.disk.block_size(),
+            cluster_size: self.disk.cluster_size(),
+            queues: self.queues_max,
+            writeback: self.writeback.load(Ordering::SeqCst),
+        })
+    }
+
+    pub(super) fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::SeqCst);
+    }
+
+    /// Whether a driver that accepted `features` relies on FLUSH.
+    pub(super) fn is_writeback(&self, features: u64) -> bool {
+        blk::is_writeback(features, self.writeback.load(Ordering::Relaxed))
+    }
+
+    /// Counters for a queue that starts.
+    pub(super) fn open_stats(&self) -> Arc<LaneStats> {
+        let stats = Arc::new(LaneStats::default());
+        self.stats.lock().running.push(Arc::clone(&stats));
+        stats
+    }
+
+    /// Keeps the counts of a queue that stopped.
+    pub(super) fn close_stats(&self, lane: &Arc<LaneStats>) {
+        let mut stats = self.stats.lock();
+        stats.running.retain(|running| !Arc::ptr_eq(running, lane));
+        lane.add_to(&mut stats.past);
+    }
+
+    pub(super) fn stats(&self) -> DiskStats {
+        let stats = self.stats.lock();
+        let mut all = stats.past.clone();
+        for lane in &stats.running {
+            lane.add_to(&mut all);
+        }
+        all
+    }
+}

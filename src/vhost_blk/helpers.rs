@@ -1,0 +1,231 @@
+//! Threads for what would hold a worker up: copies, unaligned zeroing, reads of bases that are no
+//! plain file, and flushes.
+
+use std::collections::VecDeque;
+use std::io;
+use std::thread::JoinHandle;
+
+use crate::cowdisk::{Base, CopyJob, Disk, DiskErrorKind};
+use crate::sync::{Arc, Condvar, Mutex, spawn_named};
+use crate::sys::buffer::AlignedBuf;
+use crate::virtio::blk::Range;
+
+use super::mailbox::{Done, Mailbox, Message};
+
+/// Threads that copy and zero.
+const HELPERS: usize = 4;
+
+/// Who waits for a piece of work.
+#[derive(Debug, Clone)]
+pub(super) struct Ticket {
+    pub(super) worker: Arc<Mailbox>,
+    pub(super) task: u32,
+    pub(super) part: u32,
+}
+
+/// Something that blocks.
+#[derive(Debug)]
+pub(super) enum Work {
+    /// Copy before a write.
+    Copy(Disk, CopyJob),
+    /// WRITE_ZEROES with edges inside blocks.
+    Zero(Disk, Range),
+    /// Read `len` bytes at `offset` into the buffer.
+    Base {
+        base: Arc<Base>,
+        offset: u64,
+        len: usize,
+        buffer: AlignedBuf,
+    },
+}
+
+impl Work {
+    fn run(self) -> (Result<(), DiskErrorKind>, Option<AlignedBuf>) {
+        match self {
+            Self::Copy(disk, job) => (disk.run_copy(job).map_err(|e| e.kind()), None),
+            Self::Zero(disk, range) => {
+                let result = disk.write_zeroes(range.offset, range.len, range.may_unmap);
+                (result.map_err(|e| e.kind()), None)
+            }
+            Self::Base {
+                base,
+                offset,
+                len,
+                mut buffer,
+            } => {
+                let result = base.read_at(&mut buffer.bytes_mut()[..len], offset);
+                (result.map_err(|_io| DiskErrorKind::Io), Some(buffer))
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Queue<T> {
+    items: VecDeque<T>,
+    is_closed: bool,
+}
+
+/// A queue that threads wait on. Bounded by what feeds it: no request is in it twice, and
+/// requests are bounded by the sizes of their virtqueues.
+#[derive(Debug)]
+struct Channel<T> {
+    queue: Mutex<Queue<T>>,
+    changed: Condvar,
+}
+
+impl<T> Channel<T> {
+    fn new() -> Self {
+        let queue = Queue {
+            items: VecDeque::new(),
+            is_closed: false,
+        };
+        Self {
+            queue: Mutex::new(queue),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn push(&self, item: T) {
+        self.queue.lock().items.push_back(item);
+        self.changed.notify_one();
+    }
+
+    fn close(&self) {
+        self.queue.lock().is_closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The next item, or `None` when the channel is closed and empty.
+    fn pop(&self) -> Option<T> {
+        let mut queue = self.queue.lock();
+        loop {
+            if let Some(item) = queue.items.pop_front() {
+                return Some(item);
+            }
+            if queue.is_closed {
+                return None;
+            }
+            self.changed.wait(&mut queue);
+        }
+    }
+
+    /// All items at once, at least one; `None` when the channel is closed and empty.
+    fn pop_all(&self) -> Option<VecDeque<T>> {
+        let first = self.pop()?;
+        let mut all = std::mem::take(&mut self.queue.lock().items);
+        all.push_front(first);
+        Some(all)
+    }
+}
+
+fn join(threads: &Mutex<Vec<JoinHandle<()>>>) {
+    for thread in threads.lock().drain(..) {
+        // A panic was reported by the thread itself; there is nobody left to tell.
+        drop(thread.join());
+    }
+}
+
+/// The threads for [`Work`].
+#[derive(Debug)]
+pub(super) struct Helpers {
+    channel: Arc<Channel<(Work, Ticket)>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Helpers {
+    pub(super) fn start() -> io::Result<Self> {
+        let channel = Arc::new(Channel::<(Work, Ticket)>::new());
+        let mut threads = Vec::new();
+        for index in 0..HELPERS {
+            let channel = Arc::clone(&channel);
+            threads.push(spawn_named(&format!("vblk-help{index}"), move || {
+                while let Some((work, ticket)) = channel.pop() {
+                    let (result, buffer) = work.run();
+                    let (task, part) = (ticket.task, ticket.part);
+                    ticket.worker.post(Message::Done(Done {
+                        task,
+                        part,
+                        result,
+                        buffer,
+                    }));
+                }
+            })?);
+        }
+        Ok(Self {
+            channel,
+            threads: Mutex::new(threads),
+        })
+    }
+
+    pub(super) fn submit(&self, work: Work, ticket: Ticket) {
+        self.channel.push((work, ticket));
+    }
+}
+
+impl Drop for Helpers {
+    fn drop(&mut self) {
+        self.channel.close();
+        join(&self.threads);
+    }
+}
+
+/// The thread that flushes one pool: all requests that wait when a round begins share one flush.
+///
+/// A request is here only after everything its guest saw completed was completed on the disk, so
+/// a flush that begins later covers it.
+#[derive(Debug)]
+pub(super) struct Flusher {
+    channel: Arc<Channel<(Disk, Ticket)>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Flusher {
+    pub(super) fn start() -> io::Result<Self> {
+        let channel = Arc::new(Channel::new());
+        let rounds = Arc::clone(&channel);
+        let thread = spawn_named("vblk-flush", move || flush_rounds(&rounds))?;
+        Ok(Self {
+            channel,
+            threads: Mutex::new(vec![thread]),
+        })
+    }
+
+    /// Flushes the pool of `disk`, the same for all calls.
+    pub(super) fn submit(&self, disk: Disk, ticket: Ticket) {
+        self.channel.push((disk, ticket));
+    }
+}
+
+fn flush_rounds(channel: &Channel<(Disk, Ticket)>) {
+    while let Some(mut round) = channel.pop_all() {
+        let result = match round.front() {
+            Some((disk, _)) => disk.flush().map_err(|e| e.kind()),
+            None => Ok(()),
+        };
+        while let Some((_, first)) = round.front() {
+            let worker = Arc::clone(&first.worker);
+            let (mine, rest) = round
+                .into_iter()
+                .partition(|(_, ticket)| Arc::ptr_eq(&ticket.worker, &worker));
+            round = rest;
+            let mine: VecDeque<(Disk, Ticket)> = mine;
+            worker.post_all(mine.into_iter().map(|(_, ticket)| {
+                let (task, part) = (ticket.task, ticket.part);
+                Message::Done(Done {
+                    task,
+                    part,
+                    result,
+                    buffer: None,
+                })
+            }));
+        }
+    }
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        self.channel.close();
+        join(&self.threads);
+    }
+}

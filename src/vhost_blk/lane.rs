@@ -1,0 +1,102 @@
+//! One virtqueue on its worker.
+
+use std::sync::mpsc::SyncSender;
+
+use crate::cowdisk::Tier;
+use crate::sync::Arc;
+use crate::sys::fd::Event;
+use crate::sys::mmap::GuestPin;
+use crate::sys::uring::{FileIndex, PollHandle};
+use crate::virtio::queue::SplitQueue;
+
+use super::device::Device;
+use super::files::LaneFiles;
+use super::stats::LaneStats;
+
+/// A base that the ring may read by itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RingBase {
+    pub(super) file: FileIndex,
+    /// Bytes; beyond them it reads as zeros.
+    pub(super) len: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) device: Arc<Device>,
+    pub(super) queue: SplitQueue,
+    pub(super) memory: GuestPin,
+    pub(super) features: u64,
+    pub(super) tier: Tier,
+    pub(super) files: LaneFiles,
+    pub(super) base: Option<RingBase>,
+    pub(super) poll: Option<PollHandle>,
+    pub(super) call: Option<Arc<Event>>,
+    pub(super) error: Option<Arc<Event>>,
+    pub(super) stats: Arc<LaneStats>,
+    /// Requests taken and not given back.
+    pub(super) in_flight: u16,
+    pub(super) state: LaneState,
+    /// In the worker's list of lanes that have, or may have, something to take.
+    pub(super) is_ready: bool,
+    /// In the worker's list of lanes that have something to publish.
+    pub(super) is_touched: bool,
+}
+
+/// What a lane does with its avail ring.
+#[derive(Debug)]
+pub(super) enum LaneState {
+    /// Kicks are asked for; nothing is to be taken until one comes.
+    Armed,
+    /// The worker looks by itself.
+    Awake,
+    /// The guest broke the rules: nothing is taken any more.
+    Broken,
+    /// Nothing is taken any more; the last completion answers with the index to resume from.
+    Stopping {
+        reply: SyncSender<u16>,
+        is_abandoned: bool,
+    },
+}
+
+impl Lane {
+    /// Whether requests may be taken.
+    pub(super) fn is_taking(&self) -> bool {
+        match self.state {
+            LaneState::Armed | LaneState::Awake => true,
+            LaneState::Broken | LaneState::Stopping { .. } => false,
+        }
+    }
+
+    /// Whether requests that wait for space are to be dropped.
+    pub(super) fn is_abandoned(&self) -> bool {
+        match self.state {
+            LaneState::Stopping { is_abandoned, .. } => is_abandoned,
+            LaneState::Armed | LaneState::Awake | LaneState::Broken => false,
+        }
+    }
+
+    /// Gives the queue up.
+    pub(super) fn break_down(&mut self) {
+        if self.is_taking() {
+            self.state = LaneState::Broken;
+            self.stats.record_broken();
+            signal(self.error.as_deref());
+        }
+    }
+
+    /// Shows the guest what was completed and tells it so if it wants to be told.
+    pub(super) fn publish(&mut self) {
+        if self.queue.publish() {
+            signal(self.call.as_deref());
+        }
+    }
+}
+
+/// A failure to signal is the client's loss: the descriptor is its own, and was an eventfd.
+pub(super) fn signal(event: Option<&Event>) {
+    if let Some(event) = event {
+        drop(event.signal());
+    }
+}

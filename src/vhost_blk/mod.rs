@@ -1,0 +1,320 @@
+//! The vhost-user-blk back end: disks served to any VMM over Unix sockets.
+//!
+//! ```text
+//! client --socket--> session (a thread a client) --messages--> worker (a thread, a ring)
+//! client --kick----------------------------------------------> worker --I/O--> pool, base
+//! client <-call----------------------------------------------- worker
+//!                        helper threads (copies, qcow2 reads), flusher (one a pool) <-> worker
+//! ```
+//! Invariants:
+//! - A queue is served by one worker; everything about it is that worker's alone. Nothing on the
+//!   data path takes a lock that another worker takes.
+//! - A request holds the generation of guest memory it came from until it is answered.
+//! - Every request is answered once: `Task` is the one place that decides when.
+//! - What waits (busy, full, starved) is parked and bounded by the sizes of the queues; nothing
+//!   waits for space longer than the no-space timeout.
+//! - A client can harm its own session only.
+
+mod bounce;
+mod device;
+mod files;
+mod helpers;
+mod lane;
+mod listen;
+mod mailbox;
+mod session;
+mod stats;
+mod task;
+mod worker;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Weak;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::cowdisk::{Disk, DiskError};
+use crate::sync::{Arc, Mutex, spawn_named};
+
+use device::Device;
+use helpers::{Flusher, Helpers};
+use listen::{Assign, Port, Reception};
+pub use stats::{DiskStats, OpCounts};
+use worker::{WorkerHandle, WorkerOptions};
+
+/// Most queues of one disk.
+pub const QUEUES_MAX: u16 = 256;
+/// Most workers.
+pub const WORKERS_MAX: usize = 64;
+/// Longest time that adaptive polling may look about before sleeping.
+pub const POLLING_US_MAX: u32 = 1000;
+
+/// How a [`Server`] behaves.
+#[derive(Debug, Clone, Copy)]
+pub struct ServerOptions {
+    /// Worker threads, 1 to [`WORKERS_MAX`]; the queues of all disks are spread over them.
+    pub workers: usize,
+    /// How long a write waits for space in a full pool before the guest gets an error.
+    pub no_space_timeout: Duration,
+    /// How long, in microseconds, a worker looks for more requests before it sleeps; 0 for not at
+    /// all, 50 where latency is worth a CPU. At most [`POLLING_US_MAX`].
+    pub polling_us: u32,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            workers: cpus.min(4),
+            no_space_timeout: Duration::from_secs(60),
+            polling_us: 0,
+        }
+    }
+}
+
+/// Why a disk is not served, or no longer as it should be.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// A disk of that name is being served.
+    #[error("disk {0} is being served already")]
+    Duplicate(String),
+    /// No disk of that name is being served.
+    #[error("disk {0} is not being served")]
+    Unknown(String),
+    /// An impossible number of queues.
+    #[error("{0} queues are not between 1 and {QUEUES_MAX}")]
+    Queues(u16),
+    /// The pool has no file that a ring could read and write.
+    #[error("disk {0} has no file that can be served")]
+    NoFile(String),
+    /// The socket could not be made.
+    #[error("cannot listen on {path}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// The last flush failed.
+    #[error("cannot flush disk {name}")]
+    Flush {
+        /// Which disk.
+        name: String,
+        /// Why.
+        source: DiskError,
+    },
+}
+
+/// Serves disks until it is shut down or dropped.
+#[derive(Debug)]
+pub struct Server {
+    workers: Arc<Vec<WorkerHandle>>,
+    helpers: Arc<Helpers>,
+    reception: Arc<Reception>,
+    acceptor: Option<JoinHandle<()>>,
+    ports: Mutex<Ports>,
+}
+
+#[derive(Debug, Default)]
+struct Ports {
+    list: Vec<Arc<Port>>,
+    /// One for each pool that has been seen, by the pool's address.
+    flushers: Vec<(usize, Weak<Flusher>)>,
+    added: usize,
+}
+
+impl Server {
+    /// Starts the threads; no disk is served yet.
+    ///
+    /// # Errors
+    /// No threads, no memory, or io_uring is not allowed here (`kernel.io_uring_disabled`).
+    pub fn start(options: ServerOptions) -> io::Result<Self> {
+        let ServerOptions {
+            workers,
+            no_space_timeout,
+            polling_us,
+        } = options;
+        let polling = Duration::from_micros(polling_us.min(POLLING_US_MAX).into());
+        let options = WorkerOptions {
+            no_space_timeout,
+            polling,
+        };
+        let handles: io::Result<Vec<WorkerHandle>> = (0..workers.clamp(1, WORKERS_MAX))
+            .map(|shard| WorkerHandle::start(shard, options))
+            .collect();
+        let workers = Arc::new(handles?);
+        let reception = Arc::new(Reception::new()?);
+        let (accepting, theirs) = (Arc::clone(&reception), Arc::clone(&workers));
+        let assign: Assign = Arc::new(move |offset, queues| {
+            let workers = Arc::clone(&theirs);
+            // The queues of a disk lie side by side, and the next disk begins after them.
+            Box::new(move |index| {
+                let place = offset.wrapping_mul(queues).wrapping_add(index);
+                Arc::clone(&workers[place % workers.len()].mailbox)
+            })
+        });
+        let acceptor = spawn_named("vblk-accept", move || {
+            accepting
+                .run(&assign)
+                .expect("poll of our own sockets cannot fail");
+        })?;
+        Ok(Self {
+            workers,
+            helpers: Arc::new(Helpers::start()?),
+            reception,
+            acceptor: Some(acceptor),
+            ports: Mutex::new(Ports::default()),
+        })
+    }
+
+    /// Serves `disk` on a new socket at `socket`, with up to `queues_max` queues. The socket file
+    /// is removed when the disk is.
+    ///
+    /// # Errors
+    /// The variants of [`ServeError`] but `Unknown` and `Flush`.
+    pub fn add(&self, disk: Disk, socket: &Path, queues_max: u16) -> Result<(), ServeError> {
+        let name = disk.name();
+        if !(1..=QUEUES_MAX).contains(&queues_max) {
+            return Err(ServeError::Queues(queues_max));
+        }
+        if disk.data_fd().is_none() {
+            return Err(ServeError::NoFile(name));
+        }
+        let mut ports = self.ports.lock();
+        if ports
+            .list
+            .iter()
+            .any(|port| port.device.disk.name() == name)
+        {
+            return Err(ServeError::Duplicate(name));
+        }
+        let flusher = ports.flusher(&disk).map_err(ServeError::Thread)?;
+        let device = Arc::new(Device::new(
+            disk,
+            queues_max,
+            flusher,
+            Arc::clone(&self.helpers),
+        ));
+        let port =
+            Port::bind(device, socket, ports.added).map_err(|source| ServeError::Socket {
+                path: socket.to_owned(),
+                source,
+            })?;
+        let port = Arc::new(port);
+        ports.added += 1;
+        ports.list.push(Arc::clone(&port));
+        self.reception.add(port);
+        Ok(())
+    }
+
+    /// Stops serving a disk: its client is disconnected, what was begun is finished and flushed,
+    /// and its socket removed.
+    ///
+    /// # Errors
+    /// `Unknown`, or `Flush`; in the latter case the disk is no longer served all the same.
+    pub fn remove(&self, name: &str) -> Result<(), ServeError> {
+        let port = {
+            let mut ports = self.ports.lock();
+            let is_it = |port: &Arc<Port>| port.device.disk.name() == name;
+            let at = ports.list.iter().position(is_it);
+            let at = at.ok_or_else(|| ServeError::Unknown(name.to_owned()))?;
+            ports.list.remove(at)
+        };
+        self.retire(&port)
+    }
+
+    fn retire(&self, port: &Arc<Port>) -> Result<(), ServeError> {
+        self.reception.remove(port);
+        port.close();
+        let disk = &port.device.disk;
+        if disk.is_read_only() {
+            return Ok(());
+        }
+        disk.flush().map_err(|source| ServeError::Flush {
+            name: disk.name(),
+            source,
+        })
+    }
+
+    /// The names of the disks being served, and their sockets.
+    #[must_use]
+    pub fn disks(&self) -> Vec<(String, PathBuf)> {
+        let ports = self.ports.lock();
+        let listed = ports.list.iter();
+        listed
+            .map(|port| (port.device.disk.name(), port.path().to_owned()))
+            .collect()
+    }
+
+    /// Counters by disk name, since each was added.
+    #[must_use]
+    pub fn stats(&self) -> Vec<(String, DiskStats)> {
+        let ports = self.ports.lock();
+        ports
+            .list
+            .iter()
+            .map(|port| (port.device.disk.name(), port.device.stats()))
+            .collect()
+    }
+
+    /// Stops everything: no new clients, the present ones disconnected, what was begun finished
+    /// and flushed, sockets removed, threads ended.
+    ///
+    /// # Errors
+    /// The first flush that failed; everything is stopped all the same.
+    pub fn shutdown(mut self) -> Result<(), ServeError> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Result<(), ServeError> {
+        self.reception.close();
+        if let Some(acceptor) = self.acceptor.take() {
+            // A panic was reported by the thread itself.
+            drop(acceptor.join());
+        }
+        let ports = std::mem::take(&mut self.ports.lock().list);
+        let mut outcome = Ok(());
+        for port in ports {
+            let retired = self.retire(&port);
+            if outcome.is_ok() {
+                outcome = retired;
+            }
+        }
+        outcome
+    }
+
+    /// Worker threads.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.workers.len()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Errors go to those who call `shutdown`.
+        drop(self.stop());
+    }
+}
+
+impl Ports {
+    /// The flusher of the disk's pool.
+    fn flusher(&mut self, disk: &Disk) -> io::Result<Arc<Flusher>> {
+        let key = Arc::as_ptr(disk.pool()).addr();
+        // A flusher lives no longer than the disks that use it, and these keep their pool.
+        self.flushers
+            .retain(|(_, flusher)| flusher.strong_count() > 0);
+        let known = self.flushers.iter().find(|(known, _)| *known == key);
+        if let Some(flusher) = known.and_then(|(_, flusher)| flusher.upgrade()) {
+            return Ok(flusher);
+        }
+        let flusher = Arc::new(Flusher::start()?);
+        self.flushers.push((key, Arc::downgrade(&flusher)));
+        Ok(flusher)
+    }
+}

@@ -1,0 +1,255 @@
+//! One client's session: the vhost-user requests (QEMU's interop document) turned into queues on
+//! workers.
+//!
+//! A ring runs when it has a size, addresses and a kick, and is enabled (which it is from the
+//! start unless protocol features were negotiated). Whatever is changed on a running ring, other
+//! than where to call and the memory table, stops and drains it first.
+
+mod requests;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::sync_channel;
+
+use vhost::vhost_user::{BackendReqHandler, Error, Result, VhostUserVirtioFeatures};
+
+use crate::sync::{Arc, Mutex};
+use crate::sys::fd::Event;
+use crate::sys::mmap::{GuestMemory, Region};
+use crate::virtio::blk;
+use crate::virtio::queue::{RingAddresses, SplitQueue};
+
+use crate::vhost_blk::device::Device;
+use crate::vhost_blk::mailbox::{LaneId, Mailbox, Message, Start};
+
+/// Most memory regions a client may map.
+const MEM_SLOTS_MAX: usize = 509;
+
+/// Which worker serves queue `index` of this disk.
+pub(in crate::vhost_blk) type PickWorker = Box<dyn Fn(usize) -> Arc<Mailbox> + Send>;
+
+/// A ring's addresses in the front end's address space.
+#[derive(Debug, Clone, Copy, Default)]
+struct RingHvas {
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+#[derive(Debug)]
+struct Running {
+    worker: Arc<Mailbox>,
+    lane: LaneId,
+}
+
+#[derive(Debug, Default)]
+struct Vring {
+    size: u16,
+    base: u16,
+    at: Option<RingHvas>,
+    kick: Option<Arc<Event>>,
+    call: Option<Arc<Event>>,
+    error: Option<Arc<Event>>,
+    is_enabled: bool,
+    running: Option<Running>,
+}
+
+struct State {
+    device: Arc<Device>,
+    pick: PickWorker,
+    features: u64,
+    regions: Vec<Region>,
+    memory: Arc<GuestMemory>,
+    vrings: Vec<Vring>,
+}
+
+/// See the module.
+pub(in crate::vhost_blk) struct Session {
+    state: Mutex<State>,
+    /// Told when a whole message has arrived.
+    heard: Box<dyn Fn() + Send + Sync>,
+}
+
+fn refused(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, error))
+}
+
+impl State {
+    fn offered(&self) -> u64 {
+        self.device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn has_protocol_features(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring> {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        self.vrings.get_mut(index).ok_or(Error::InvalidParam)
+    }
+
+    fn rings(memory: &GuestMemory, at: RingHvas) -> Result<RingAddresses> {
+        let find = |hva| {
+            memory
+                .gpa_of(hva)
+                .ok_or_else(|| refused(format!("ring at {hva:#x} is not in memory")))
+        };
+        Ok(RingAddresses {
+            desc: find(at.desc)?,
+            avail: find(at.avail)?,
+            used: find(at.used)?,
+        })
+    }
+
+    /// Starts a ring that has all it needs; one that has not, or runs already, stays as it is.
+    fn start_if_ready(&mut self, index: u32) -> Result<()> {
+        let (features, device, memory) = (
+            self.features,
+            Arc::clone(&self.device),
+            Arc::clone(&self.memory),
+        );
+        let slot = usize::try_from(index).unwrap_or(usize::MAX);
+        let worker = (self.pick)(slot);
+        let vring = self.vring(index)?;
+        let (Some(at), Some(kick), None) = (vring.at, &vring.kick, &vring.running) else {
+            return Ok(());
+        };
+        if !vring.is_enabled || vring.size == 0 {
+            return Ok(());
+        }
+        let rings = Self::rings(&memory, at)?;
+        let wanted = blk::queue_features(features);
+        let queue =
+            SplitQueue::new(&memory, vring.size, rings, vring.base, wanted).map_err(refused)?;
+        let (reply, answer) = sync_channel(1);
+        worker.post(Message::Start(Box::new(Start {
+            device,
+            queue,
+            memory,
+            kick: Arc::clone(kick),
+            call: vring.call.clone(),
+            error: vring.error.clone(),
+            features,
+            reply,
+        })));
+        let lane = answer.recv().map_err(|_gone| Error::BackendInternalError)?;
+        vring.running = Some(Running {
+            worker,
+            lane: lane.map_err(Error::ReqHandlerError)?,
+        });
+        Ok(())
+    }
+
+    /// Stops and drains a ring; its base is where to go on.
+    fn stop(&mut self, index: u32, is_abandoned: bool) -> Result<()> {
+        let vring = self.vring(index)?;
+        let Some(running) = vring.running.take() else {
+            return Ok(());
+        };
+        let (reply, answer) = sync_channel(1);
+        running.worker.post(Message::Stop {
+            lane: running.lane,
+            is_abandoned,
+            reply,
+        });
+        vring.base = answer.recv().map_err(|_gone| Error::BackendInternalError)?;
+        Ok(())
+    }
+
+    /// Changes a ring that may be running.
+    fn change(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<()> {
+        self.stop(index, false)?;
+        change(self.vring(index)?);
+        self.start_if_ready(index)
+    }
+
+    fn stop_all(&mut self, is_abandoned: bool) {
+        let mut answers = Vec::new();
+        for vring in &mut self.vrings {
+            if let Some(running) = vring.running.take() {
+                let (reply, answer) = sync_channel(1);
+                running.worker.post(Message::Stop {
+                    lane: running.lane,
+                    is_abandoned,
+                    reply,
+                });
+                answers.push(answer);
+            }
+        }
+        for answer in answers {
+            // An error means that the worker died, and its queues with it.
+            let _drained = answer.recv();
+        }
+    }
+
+    /// Makes `regions` the memory table, for running rings too. The former regions stay mapped
+    /// until the requests on them are done.
+    fn set_regions(&mut self, regions: Vec<Region>) -> Result<()> {
+        self.memory = Arc::new(GuestMemory::new(regions.clone()).map_err(Error::ReqHandlerError)?);
+        self.regions = regions;
+        for vring in &mut self.vrings {
+            let (Some(running), Some(at)) = (&vring.running, vring.at) else {
+                continue;
+            };
+            // A ring that is no longer in memory is given up by its worker.
+            let rings = Self::rings(&self.memory, at).unwrap_or(RingAddresses {
+                desc: u64::MAX,
+                avail: u64::MAX,
+                used: u64::MAX,
+            });
+            let (reply, answer) = sync_channel(1);
+            running.worker.post(Message::Memory {
+                lane: running.lane,
+                memory: Arc::clone(&self.memory),
+                rings,
+                reply,
+            });
+            answer.recv().map_err(|_gone| Error::BackendInternalError)?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.stop_all(false);
+        self.vrings
+            .iter_mut()
+            .for_each(|vring| *vring = Vring::default());
+        self.device.set_writeback(true);
+    }
+}
+
+impl Session {
+    /// Serves `stream` until its client leaves or breaks the protocol.
+    pub(in crate::vhost_blk) fn serve(
+        device: Arc<Device>,
+        stream: UnixStream,
+        pick: PickWorker,
+        heard: Box<dyn Fn() + Send + Sync>,
+        mut next: impl FnMut() -> bool,
+    ) {
+        device.set_writeback(true);
+        let queues = usize::from(device.queues_max);
+        let state = State {
+            device,
+            pick,
+            features: 0,
+            regions: Vec::new(),
+            memory: Arc::default(),
+            vrings: std::iter::repeat_with(Vring::default)
+                .take(queues)
+                .collect(),
+        };
+        let session = Arc::new(Self {
+            state: Mutex::new(state),
+            heard,
+        });
+        let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+        while next() && requests.handle_request().is_ok() {}
+        session.state.lock().stop_all(true);
+    }
+
+    fn lock(&self) -> crate::sync::MutexGuard<'_, State> {
+        (self.heard)();
+        self.state.lock()
+    }
+}

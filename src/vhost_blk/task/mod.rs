@@ -1,0 +1,394 @@
+//! One request from its ring to its answer.
+//!
+//! ```text
+//!            +---- retry: busy, full, copied ----+
+//!            v                                   |
+//! taken -> begin -> segments in flight -> settle +-> flush (write cache off) -> answered
+//!            |                                          ^
+//!            +-> helper (copy, zero edges, base) -------+
+//! ```
+//! A task in flight has `pending` pieces of I/O or of work elsewhere; when the last ends, `settle`
+//! decides what comes next.
+
+mod moving;
+
+use std::time::Instant;
+
+use crate::cowdisk::{DiskError, DiskErrorKind, Pass, Source, Step, Tier, WritePlan};
+use crate::sys::buffer::AlignedBuf;
+use crate::sys::mmap::GuestPin;
+use crate::sys::uring::Completion;
+use crate::virtio::blk::{Op, Request, Status};
+
+use crate::vhost_blk::helpers::Work;
+use crate::vhost_blk::lane::Lane;
+
+pub(super) use moving::{Mover, task_of};
+use moving::{Piece, part_of};
+
+/// What a task is waiting for while something is pending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Stage {
+    #[default]
+    New,
+    Reading,
+    Writing,
+    Copying,
+    Zeroing,
+    Flushing,
+}
+
+/// What becomes of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Something is pending.
+    Wait,
+    /// Try again when the disk says so.
+    Busy,
+    /// Try again when the pool has space.
+    Full,
+    /// Try again when buffers have come back.
+    Starved,
+    /// Answer.
+    Finish(Status),
+}
+
+/// A piece of a request that goes through a buffer of ours.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    at: u32,
+    len: u32,
+}
+
+/// See the module. Reused from request to request.
+#[derive(Debug, Default)]
+pub(super) struct Task {
+    pub(super) lane: u32,
+    pub(super) head: u16,
+    pub(super) request: Request,
+    pub(super) memory: Option<GuestPin>,
+    pub(super) began: Option<Instant>,
+    /// Since when the pool has had no space for it.
+    pub(super) full_since: Option<Instant>,
+    stage: Stage,
+    pass: Option<Pass>,
+    plan: WritePlan,
+    pending: u32,
+    failure: Option<DiskErrorKind>,
+    /// Ranges of a DISCARD or WRITE_ZEROES that are done.
+    ranges_done: usize,
+    parts: Vec<Part>,
+}
+
+impl Task {
+    /// The task's own handle on its generation of memory.
+    fn pin(&self) -> &GuestPin {
+        self.memory.as_ref().expect("a task in use has memory")
+    }
+
+    /// Readies a used task for its next request.
+    pub(super) fn reset(&mut self) {
+        self.memory = None;
+        self.full_since = None;
+        self.stage = Stage::New;
+        self.pass = None;
+        self.failure = None;
+        self.ranges_done = 0;
+        self.parts.clear();
+        debug_assert_eq!(self.pending, 0, "a task ends with nothing pending");
+    }
+
+    /// Begins, or begins again after [`Next::Busy`] and the like.
+    pub(super) fn begin(&mut self, mover: &mut Mover<'_>) -> Next {
+        let disk = &mover.lane.device.disk;
+        match self.request.op {
+            Op::Unknown => Next::Finish(Status::Unsupported),
+            Op::GetId => {
+                self.request.answer_id(self.pin(), &disk.id_string());
+                Next::Finish(Status::Ok)
+            }
+            Op::Flush if disk.is_read_only() || disk.is_ephemeral() => Next::Finish(Status::Ok),
+            Op::Flush => self.flush(mover),
+            Op::In if self.request.len == 0 => Next::Finish(Status::Ok),
+            Op::In => self.read(mover),
+            Op::Out | Op::Discard | Op::WriteZeroes if disk.is_read_only() => {
+                Next::Finish(Status::IoErr)
+            }
+            Op::Out if self.request.len == 0 => Next::Finish(Status::Ok),
+            Op::Out => self.write(mover),
+            Op::Discard | Op::WriteZeroes => self.unmap(mover),
+        }
+    }
+
+    /// Enters the disk unless it has been.
+    fn enter(&mut self, mover: &Mover<'_>) -> bool {
+        if self.pass.is_none() {
+            self.pass = mover
+                .lane
+                .device
+                .disk
+                .enter(mover.context.shard, &mover.context.waker);
+        }
+        self.pass.is_some()
+    }
+
+    fn retreat(&mut self, next: Next) -> Next {
+        // A fork waits for all passes: whoever waits for something else must not hold one.
+        self.pass = None;
+        next
+    }
+
+    fn needs_bounce(&self, lane: &Lane) -> bool {
+        match lane.tier {
+            Tier::Direct { align } => !self.pin().is_aligned(&self.request.data, align),
+            Tier::Buffered | Tier::Memory => false,
+        }
+    }
+
+    fn is_starved(&self, mover: &Mover<'_>) -> bool {
+        let has_base = mover.lane.base.is_none() && mover.lane.device.disk.base().is_some();
+        !mover.bounce.has_room() && (has_base || self.needs_bounce(mover.lane))
+    }
+
+    fn read(&mut self, mover: &mut Mover<'_>) -> Next {
+        if self.is_starved(mover) {
+            return self.retreat(Next::Starved);
+        }
+        if !self.enter(mover) {
+            return Next::Busy;
+        }
+        let Some(pass) = &self.pass else {
+            return Next::Busy;
+        };
+        let mut segments = mover.context.segments.take();
+        segments.clear();
+        let disk = &mover.lane.device.disk;
+        let planned = disk.plan_read(pass, self.request.offset, self.request.len, &mut segments);
+        if let Err(error) = planned {
+            mover.context.segments.replace(segments);
+            return Next::Finish(status_of(&error));
+        }
+        self.stage = Stage::Reading;
+        for segment in &segments {
+            let piece = |offset| Piece {
+                at: segment.at,
+                len: segment.len,
+                offset,
+                is_write: false,
+            };
+            match segment.source {
+                Source::Pool(offset) => self.move_pool(mover, piece(offset)),
+                Source::Base(offset) => self.read_base(mover, piece(offset)),
+                Source::Zero => self.zero(mover, segment.at, segment.len),
+            }
+        }
+        mover.context.segments.replace(segments);
+        self.settle_if_done(mover)
+    }
+
+    fn write(&mut self, mover: &mut Mover<'_>) -> Next {
+        if self.is_starved(mover) {
+            return self.retreat(Next::Starved);
+        }
+        if !self.enter(mover) {
+            return Next::Busy;
+        }
+        let Some(pass) = &self.pass else {
+            return Next::Busy;
+        };
+        let disk = &mover.lane.device.disk;
+        let (offset, len) = (self.request.offset, self.request.len);
+        match disk.plan_write(pass, offset, len, &mut self.plan, &mover.context.waker) {
+            Err(error) => self.refused(&error),
+            Ok(Step::Ready) => {
+                self.full_since = None;
+                self.stage = Stage::Writing;
+                let plan = std::mem::take(&mut self.plan);
+                for segment in plan.segments() {
+                    let (at, len, offset) = (segment.at, segment.len, segment.to);
+                    self.move_pool(
+                        mover,
+                        Piece {
+                            at,
+                            len,
+                            offset,
+                            is_write: true,
+                        },
+                    );
+                }
+                self.plan = plan;
+                self.settle_if_done(mover)
+            }
+            Ok(Step::Copy(job)) => {
+                self.stage = Stage::Copying;
+                self.pending += 1;
+                let ticket = mover.ticket(0);
+                mover
+                    .lane
+                    .device
+                    .helpers
+                    .submit(Work::Copy(disk.clone(), job), ticket);
+                Next::Wait
+            }
+            Ok(Step::Done) => Next::Finish(Status::Ok),
+            Ok(Step::Busy) => self.retreat(Next::Busy),
+            Ok(Step::Full) => self.retreat(Next::Full),
+            Ok(Step::Blocking) => Next::Finish(Status::IoErr),
+        }
+    }
+
+    fn refused(&mut self, error: &DiskError) -> Next {
+        if error.kind() == DiskErrorKind::NoSpace {
+            return self.retreat(Next::Full);
+        }
+        Next::Finish(status_of(error))
+    }
+
+    fn unmap(&mut self, mover: &mut Mover<'_>) -> Next {
+        while let Some(range) = self.request.ranges.get(self.ranges_done).copied() {
+            if range.len == 0 {
+                self.ranges_done += 1;
+                continue;
+            }
+            if !self.enter(mover) {
+                return Next::Busy;
+            }
+            let Some(pass) = &self.pass else {
+                return Next::Busy;
+            };
+            let disk = &mover.lane.device.disk;
+            let waker = &mover.context.waker;
+            let planned = if self.request.op == Op::Discard {
+                disk.plan_discard(pass, range.offset, range.len, waker)
+            } else {
+                disk.plan_zeroes(pass, range.offset, range.len, range.may_unmap, waker)
+            };
+            match planned {
+                Err(error) => return self.refused(&error),
+                Ok(Step::Done | Step::Ready) => {
+                    self.full_since = None;
+                    self.ranges_done += 1;
+                }
+                Ok(Step::Blocking) => {
+                    self.pass = None;
+                    self.stage = Stage::Zeroing;
+                    self.pending += 1;
+                    let work = Work::Zero(disk.clone(), range);
+                    mover.lane.device.helpers.submit(work, mover.ticket(0));
+                    return Next::Wait;
+                }
+                Ok(Step::Copy(job)) => {
+                    self.stage = Stage::Copying;
+                    self.pending += 1;
+                    let work = Work::Copy(disk.clone(), job);
+                    mover.lane.device.helpers.submit(work, mover.ticket(0));
+                    return Next::Wait;
+                }
+                Ok(Step::Busy) => return self.retreat(Next::Busy),
+                Ok(Step::Full) => return self.retreat(Next::Full),
+            }
+        }
+        self.pass = None;
+        self.written(mover)
+    }
+
+    /// A write is on the disk; whether it must be durable before the guest hears of it.
+    fn written(&mut self, mover: &mut Mover<'_>) -> Next {
+        let device = &mover.lane.device;
+        if device.is_writeback(mover.lane.features) || device.disk.is_ephemeral() {
+            return Next::Finish(Status::Ok);
+        }
+        self.flush(mover)
+    }
+
+    fn flush(&mut self, mover: &mut Mover<'_>) -> Next {
+        self.pass = None;
+        self.stage = Stage::Flushing;
+        self.pending += 1;
+        let device = &mover.lane.device;
+        device.flusher.submit(device.disk.clone(), mover.ticket(0));
+        Next::Wait
+    }
+
+    /// One ring operation ended.
+    pub(super) fn moved(&mut self, mover: &mut Mover<'_>, completion: Completion) -> Next {
+        let is_ok = completion.result.is_ok();
+        self.note(completion.result);
+        self.unbounce(mover, part_of(completion.token), completion.buffer, is_ok);
+        self.pending -= 1;
+        self.settle_if_done(mover)
+    }
+
+    /// Work on another thread ended.
+    pub(super) fn worked(
+        &mut self,
+        mover: &mut Mover<'_>,
+        part: u32,
+        result: Result<(), DiskErrorKind>,
+        buffer: Option<AlignedBuf>,
+    ) -> Next {
+        let part = usize::try_from(part)
+            .ok()
+            .and_then(|part| part.checked_sub(1));
+        self.unbounce(mover, part, buffer, result.is_ok());
+        if let Err(kind) = result {
+            self.failure = Some(kind);
+        }
+        self.pending -= 1;
+        self.settle_if_done(mover)
+    }
+
+    fn settle_if_done(&mut self, mover: &mut Mover<'_>) -> Next {
+        if self.pending > 0 {
+            return Next::Wait;
+        }
+        self.parts.clear();
+        let failure = self.failure.take();
+        match self.stage {
+            Stage::New => Next::Wait,
+            Stage::Reading | Stage::Flushing => Next::Finish(match failure {
+                None => Status::Ok,
+                Some(_) => Status::IoErr,
+            }),
+            Stage::Writing => {
+                mover
+                    .lane
+                    .device
+                    .disk
+                    .complete_write(&mut self.plan, failure.is_none());
+                self.pass = None;
+                match failure {
+                    None => self.written(mover),
+                    Some(kind) => failed(kind),
+                }
+            }
+            // The pass stays: the write that the copy was for comes next.
+            Stage::Copying => match failure {
+                None => self.begin(mover),
+                Some(kind) => {
+                    self.pass = None;
+                    failed(kind)
+                }
+            },
+            Stage::Zeroing => match failure {
+                None => {
+                    self.ranges_done += 1;
+                    self.begin(mover)
+                }
+                Some(kind) => failed(kind),
+            },
+        }
+    }
+}
+
+fn failed(kind: DiskErrorKind) -> Next {
+    if kind == DiskErrorKind::NoSpace {
+        Next::Full
+    } else {
+        Next::Finish(Status::IoErr)
+    }
+}
+
+fn status_of(_error: &DiskError) -> Status {
+    Status::IoErr
+}

@@ -1,0 +1,314 @@
+//! A worker: one thread, one ring, any number of queues of any disks.
+//!
+//! ```text
+//! loop: reap completions -> read mail -> look at awake queues -> take requests, start their I/O
+//!       -> retry what was parked -> publish used entries, one call a batch -> submit and wait
+//! ```
+//! A queue with nothing to take stays `Awake` (the guest is not asked to kick) until the worker is
+//! about to sleep; then it is `Armed`, looked at a last time, and its eventfd's poll wakes the
+//! ring. The eventfds are never read: each write to one wakes its poll whatever the counter says.
+
+mod mail;
+mod take;
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::mpsc::sync_channel;
+use std::task::Waker;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::cowdisk::Segment;
+use crate::sync::{Arc, spawn_named};
+use crate::sys::clock;
+use crate::sys::mmap::GuestRun;
+use crate::sys::uring::{Completion, Ring};
+use crate::virtio::queue::Chain;
+
+use crate::vhost_blk::bounce::Bounce;
+use crate::vhost_blk::files::Files;
+use crate::vhost_blk::lane::{Lane, LaneState};
+use crate::vhost_blk::mailbox::{Mailbox, Message};
+use crate::vhost_blk::task::{Task, task_of};
+
+/// Requests taken from one queue before the next has its turn.
+const TURN: usize = 32;
+/// How often a request that waits for space is tried again without being told to.
+const FULL_RETRY: Duration = Duration::from_millis(100);
+/// Tokens above every task's: the mailbox, and kicks of lanes (the lane below).
+const TOKEN_MAIL: u64 = 1 << 63;
+const TOKEN_KICK: u64 = 1 << 62;
+
+/// How workers behave.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WorkerOptions {
+    pub(super) no_space_timeout: Duration,
+    /// How long to look for more before sleeping.
+    pub(super) polling: Duration,
+}
+
+/// What tasks need to know of their worker.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) waker: Waker,
+    pub(super) shard: usize,
+    /// Room for a plan, lent out and given back.
+    pub(super) segments: RefCell<Vec<Segment>>,
+}
+
+/// A running worker, as others see it.
+#[derive(Debug)]
+pub(super) struct WorkerHandle {
+    pub(super) mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// # Errors
+    /// No thread or no ring.
+    pub(super) fn start(shard: usize, options: WorkerOptions) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        let theirs = Arc::clone(&mailbox);
+        let (started, result) = sync_channel(1);
+        let thread = spawn_named(&format!("vblk-work{shard}"), move || {
+            match Worker::new(shard, options, theirs) {
+                Ok(mut worker) => {
+                    drop(started.send(Ok(())));
+                    worker.run();
+                }
+                Err(error) => drop(started.send(Err(error))),
+            }
+        })?;
+        result.recv().map_err(io::Error::other)??;
+        Ok(Self {
+            mailbox,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.mailbox.post(Message::Quit);
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported by the thread itself; there is nobody left to tell.
+            drop(thread.join());
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Parked {
+    Busy,
+    Full,
+    Starved,
+}
+
+#[derive(Debug)]
+struct Worker {
+    options: WorkerOptions,
+    context: Context,
+    lanes: Vec<Option<Lane>>,
+    /// Lanes to take from, in turn.
+    ready: VecDeque<u32>,
+    /// Lanes that are awake with nothing to take.
+    dry: Vec<u32>,
+    touched: Vec<u32>,
+    tasks: Vec<Option<Box<Task>>>,
+    free: Vec<u32>,
+    parked: VecDeque<(u32, Parked)>,
+    bounce: Bounce,
+    runs: Vec<GuestRun>,
+    chain: Chain,
+    completions: Vec<Completion>,
+    messages: Vec<Message>,
+    files: Files,
+    now: Instant,
+    is_retry: bool,
+    is_quitting: bool,
+    // Last: its end waits for the kernel.
+    ring: Ring,
+}
+
+impl Worker {
+    fn new(shard: usize, options: WorkerOptions, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+        let mut ring = Ring::new()?;
+        // Never cancelled: polled for as long as the ring lives.
+        let _poll = ring.poll(Arc::clone(mailbox.event()), TOKEN_MAIL);
+        let waker = Waker::from(Arc::clone(&mailbox));
+        let segments = RefCell::new(Vec::new());
+        Ok(Self {
+            options,
+            context: Context {
+                mailbox,
+                waker,
+                shard,
+                segments,
+            },
+            lanes: Vec::new(),
+            ready: VecDeque::new(),
+            dry: Vec::new(),
+            touched: Vec::new(),
+            tasks: Vec::new(),
+            free: Vec::new(),
+            parked: VecDeque::new(),
+            bounce: Bounce::default(),
+            runs: Vec::new(),
+            chain: Chain::default(),
+            completions: Vec::new(),
+            messages: Vec::new(),
+            files: Files::default(),
+            now: clock::now(),
+            is_retry: false,
+            is_quitting: false,
+            ring,
+        })
+    }
+
+    fn run(&mut self) {
+        loop {
+            self.now = clock::now();
+            self.reap();
+            if self.context.mailbox.is_signalled() {
+                self.read_mail();
+            }
+            self.look();
+            self.publish();
+            self.serve();
+            self.retry();
+            self.publish();
+            let is_empty = self.lanes.iter().all(Option::is_none);
+            if self.is_quitting && is_empty {
+                return;
+            }
+            self.sleep();
+        }
+    }
+
+    /// Submits; waits as well if there is nothing to do.
+    fn sleep(&mut self) {
+        let is_idle = self.ready.is_empty() && !self.linger() && !self.arm();
+        let result = if is_idle {
+            self.ring.wait(self.timeout())
+        } else {
+            self.ring.submit()
+        };
+        result.expect("io_uring_enter fails only if the ring is misused");
+    }
+
+    /// Adaptive polling: looks about for a moment before sleeping; whether something came.
+    fn linger(&mut self) -> bool {
+        if self.options.polling.is_zero() || self.dry.is_empty() {
+            return false;
+        }
+        if self.ring.submit().is_err() {
+            return false;
+        }
+        let end = clock::now() + self.options.polling;
+        while clock::now() < end {
+            let lanes = &self.lanes;
+            let is_waiting =
+                |index: &u32| lane(lanes, *index).is_some_and(|lane| lane.queue.is_waiting());
+            if self.ring.is_ready()
+                || self.context.mailbox.is_signalled()
+                || self.dry.iter().any(is_waiting)
+            {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
+    }
+
+    /// Asks the guests of dry lanes to kick; whether something came meanwhile.
+    fn arm(&mut self) -> bool {
+        while let Some(index) = self.dry.pop() {
+            let Some(lane) = lane_mut(&mut self.lanes, index) else {
+                continue;
+            };
+            if !matches!(lane.state, LaneState::Awake) || lane.is_ready {
+                continue;
+            }
+            match lane.queue.arm() {
+                Ok(false) => lane.state = LaneState::Armed,
+                Ok(true) => self.rouse(index),
+                Err(_fault) => lane.break_down(),
+            }
+        }
+        !self.ready.is_empty()
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let is_full = self.parked.iter().any(|(_, why)| *why == Parked::Full);
+        is_full.then_some(FULL_RETRY)
+    }
+
+    fn reap(&mut self) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.ring.reap(&mut completions);
+        for completion in completions.drain(..) {
+            let token = completion.token;
+            if token == TOKEN_MAIL {
+                continue;
+            }
+            if token & TOKEN_KICK != 0 {
+                let index = task_of(token);
+                if completion.result.is_ok() {
+                    self.rouse(index);
+                } else if let Some(lane) = lane_mut(&mut self.lanes, index) {
+                    lane.break_down();
+                }
+                continue;
+            }
+            self.step(task_of(token), |task, mover| task.moved(mover, completion));
+        }
+        self.completions = completions;
+    }
+
+    /// Puts a lane in line.
+    fn rouse(&mut self, index: u32) {
+        let Some(lane) = lane_mut(&mut self.lanes, index) else {
+            return;
+        };
+        if !lane.is_taking() || lane.is_ready {
+            return;
+        }
+        if matches!(lane.state, LaneState::Armed) {
+            lane.state = LaneState::Awake;
+            lane.queue.disarm();
+        }
+        lane.is_ready = true;
+        self.ready.push_back(index);
+    }
+
+    /// Puts in line what has, or is likely to have, something to take.
+    fn look(&mut self) {
+        for at in 0..self.touched.len() {
+            // A guest that gets something back often has something new: look before it kicks.
+            self.rouse(self.touched[at]);
+        }
+        let mut at = 0;
+        while let Some(index) = self.dry.get(at).copied() {
+            let Some(lane) = lane(&self.lanes, index) else {
+                self.dry.swap_remove(at);
+                continue;
+            };
+            if lane.is_ready || !lane.is_taking() || lane.queue.is_waiting() {
+                self.dry.swap_remove(at);
+                self.rouse(index);
+            } else {
+                at += 1;
+            }
+        }
+    }
+}
+
+fn lane(lanes: &[Option<Lane>], index: u32) -> Option<&Lane> {
+    lanes.get(usize::try_from(index).ok()?)?.as_ref()
+}
+
+fn lane_mut(lanes: &mut [Option<Lane>], index: u32) -> Option<&mut Lane> {
+    lanes.get_mut(usize::try_from(index).ok()?)?.as_mut()
+}

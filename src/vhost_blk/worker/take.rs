@@ -1,0 +1,240 @@
+//! Taking requests off their rings, letting them go on, parking them, giving them back.
+
+use crate::virtio::blk::{Op, Status};
+use crate::virtio::queue::Chain;
+
+use super::{FULL_RETRY, Parked, TURN, Worker, lane, lane_mut};
+use crate::vhost_blk::lane::{Lane, LaneState};
+use crate::vhost_blk::task::{Mover, Next, Task};
+
+impl Worker {
+    /// One turn of every lane that is in line.
+    pub(super) fn serve(&mut self) {
+        for _ in 0..self.ready.len() {
+            let Some(index) = self.ready.pop_front() else {
+                return;
+            };
+            self.turn(index);
+        }
+    }
+
+    pub(super) fn turn(&mut self, index: u32) {
+        for _ in 0..TURN {
+            match self.take(index) {
+                Some(true) => {}
+                Some(false) => {
+                    if let Some(lane) = lane_mut(&mut self.lanes, index) {
+                        lane.is_ready = false;
+                        self.dry.push(index);
+                    }
+                    return;
+                }
+                None => {
+                    if let Some(lane) = lane_mut(&mut self.lanes, index) {
+                        lane.is_ready = false;
+                    }
+                    return;
+                }
+            }
+        }
+        self.ready.push_back(index);
+    }
+
+    /// Takes one request. `None`: nothing is to be taken from this lane any more.
+    pub(super) fn take(&mut self, index: u32) -> Option<bool> {
+        let mut chain = std::mem::take(&mut self.chain);
+        let taken = self.take_into(index, &mut chain);
+        self.chain = chain;
+        taken
+    }
+
+    pub(super) fn take_into(&mut self, index: u32, chain: &mut Chain) -> Option<bool> {
+        let lane = lane_mut(&mut self.lanes, index)?;
+        if !lane.is_taking() {
+            return None;
+        }
+        match lane.queue.pop(&lane.memory, chain) {
+            Ok(true) => {}
+            Ok(false) => return Some(false),
+            Err(_fault) => {
+                lane.break_down();
+                return None;
+            }
+        }
+        if lane.in_flight >= lane.queue.size() {
+            lane.break_down();
+            return None;
+        }
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.tasks.push(None);
+            u32::try_from(self.tasks.len() - 1).expect("tasks are bounded by queue sizes")
+        });
+        let slot = usize::try_from(id).ok()?;
+        let mut task = self.tasks[slot].take().unwrap_or_default();
+        task.reset();
+        task.lane = index;
+        task.head = chain.head;
+        let parsed = task
+            .request
+            .parse(&lane.memory, chain, lane.device.disk.size());
+        let Ok(verdict) = parsed else {
+            lane.break_down();
+            self.tasks[slot] = Some(task);
+            self.free.push(id);
+            return None;
+        };
+        lane.in_flight += 1;
+        task.memory = Some(lane.memory.clone());
+        task.began = Some(self.now);
+        self.tasks[slot] = Some(task);
+        match verdict {
+            Ok(()) => self.step(id, |task, mover| task.begin(mover)),
+            Err(status) => self.step(id, |_, _| Next::Finish(status)),
+        }
+        Some(true)
+    }
+
+    /// Lets a task go on and does what it asks for.
+    pub(super) fn step(&mut self, id: u32, go: impl FnOnce(&mut Task, &mut Mover<'_>) -> Next) {
+        let slot = usize::try_from(id).expect("usize has at least 32 bits");
+        let mut task = self.tasks[slot]
+            .take()
+            .expect("a task in use is in its slot");
+        let lane = lane(&self.lanes, task.lane).expect("a lane outlives its tasks");
+        let mut mover = Mover {
+            ring: &mut self.ring,
+            bounce: &mut self.bounce,
+            runs: &mut self.runs,
+            lane,
+            task: id,
+            context: &self.context,
+        };
+        let next = go(&mut task, &mut mover);
+        let next = self.ration(&mut task, next);
+        let parked = match next {
+            Next::Wait => None,
+            Next::Busy => Some(Parked::Busy),
+            Next::Full => Some(Parked::Full),
+            Next::Starved => Some(Parked::Starved),
+            Next::Finish(status) => {
+                self.finish(&mut task, status);
+                self.free.push(id);
+                None
+            }
+        };
+        self.tasks[slot] = Some(task);
+        if let Some(why) = parked {
+            self.park(id, why);
+        }
+    }
+
+    /// Turns a wait for space that has lasted too long into an error.
+    pub(super) fn ration(&self, task: &mut Task, next: Next) -> Next {
+        if next != Next::Full {
+            return next;
+        }
+        let since = *task.full_since.get_or_insert(self.now);
+        if self.now.saturating_duration_since(since) >= self.options.no_space_timeout {
+            return Next::Finish(Status::IoErr);
+        }
+        next
+    }
+
+    pub(super) fn park(&mut self, id: u32, why: Parked) {
+        let slot = usize::try_from(id).expect("usize has at least 32 bits");
+        let index = self.tasks[slot].as_ref().map(|task| task.lane);
+        if let Some(lane) = index.and_then(|index| lane(&self.lanes, index)) {
+            lane.stats.record_parked();
+        }
+        self.parked.push_back((id, why));
+    }
+
+    pub(super) fn finish(&mut self, task: &mut Task, status: Status) {
+        let lane = lane_mut(&mut self.lanes, task.lane).expect("a lane outlives its tasks");
+        if let Some(memory) = &task.memory {
+            task.request.answer(memory, status);
+        }
+        lane.queue.push_used(task.head, task.request.used_len);
+        let bytes = match task.request.op {
+            Op::In | Op::Out => u64::from(task.request.len),
+            Op::Discard | Op::WriteZeroes => task.request.ranges.iter().map(|r| r.len).sum(),
+            Op::Flush | Op::GetId | Op::Unknown => 0,
+        };
+        let began = task.began.unwrap_or(self.now);
+        let time = self.now.saturating_duration_since(began);
+        lane.stats
+            .record(task.request.op, bytes, status == Status::Ok, time);
+        let index = task.lane;
+        task.reset();
+        self.leave(index);
+    }
+
+    /// A task of this lane is over.
+    pub(super) fn leave(&mut self, index: u32) {
+        let lane = lane_mut(&mut self.lanes, index).expect("a lane outlives its tasks");
+        lane.in_flight -= 1;
+        if !lane.is_touched {
+            lane.is_touched = true;
+            self.touched.push(index);
+        }
+    }
+
+    pub(super) fn publish(&mut self) {
+        while let Some(index) = self.touched.pop() {
+            let Some(lane) = lane_mut(&mut self.lanes, index) else {
+                continue;
+            };
+            lane.is_touched = false;
+            lane.publish();
+            if matches!(lane.state, LaneState::Stopping { .. }) {
+                self.close_if_drained(index);
+            }
+        }
+    }
+
+    /// Tries parked tasks again, in the order they were parked.
+    pub(super) fn retry(&mut self) {
+        let is_told = std::mem::take(&mut self.is_retry);
+        for _ in 0..self.parked.len() {
+            let Some((id, why)) = self.parked.pop_front() else {
+                return;
+            };
+            if self.drop_if_abandoned(id) {
+                continue;
+            }
+            let is_due = match why {
+                Parked::Busy => is_told,
+                Parked::Full => is_told || self.is_full_due(id),
+                Parked::Starved => self.bounce.has_room(),
+            };
+            if is_due {
+                self.step(id, |task, mover| task.begin(mover));
+            } else {
+                self.parked.push_back((id, why));
+            }
+        }
+    }
+
+    pub(super) fn is_full_due(&self, id: u32) -> bool {
+        let slot = usize::try_from(id).expect("usize has at least 32 bits");
+        let since = self.tasks[slot].as_ref().and_then(|task| task.full_since);
+        // Once a loop at most, and the loop turns at least every FULL_RETRY.
+        since.is_some_and(|since| self.now.saturating_duration_since(since) >= FULL_RETRY)
+    }
+
+    /// The client of a task that waits is gone: nothing of it was carried out, nothing is said.
+    pub(super) fn drop_if_abandoned(&mut self, id: u32) -> bool {
+        let slot = usize::try_from(id).expect("usize has at least 32 bits");
+        let Some(task) = self.tasks[slot].as_mut() else {
+            return true;
+        };
+        let index = task.lane;
+        if !lane(&self.lanes, index).is_some_and(Lane::is_abandoned) {
+            return false;
+        }
+        task.reset();
+        self.free.push(id);
+        self.leave(index);
+        true
+    }
+}
