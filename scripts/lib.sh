@@ -106,3 +106,13 @@ guest_run() {
 guest_value() {
     tr -d '\r' <"$2" | sed -n "s/^TIDEPOOL-GUEST: value $1 //p"
 }
+
+# wait_for SECONDS COMMAND...: until the command succeeds; fails when it has not by then.
+wait_for() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ $SECONDS -lt $end ] || return 1
+        sleep 0.1
+    done
+}
