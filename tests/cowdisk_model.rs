@@ -7,13 +7,16 @@
 //! must open, and each sector must hold one of its versions. Seeds are printed; set `TIDEPOOL_SEED`
 //! to replay one and `TIDEPOOL_SECONDS` to run longer.
 
+#![expect(clippy::print_stdout, reason = "every seed is printed")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tidepool::cowdisk::{self, Disk, NewDisk};
 use tidepool::format::units::ClusterSize;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{SimStorage, Storage};
+use tidepool::sys::clock;
 
 const SECTOR: usize = 512;
 const POOL_LEN: u64 = 24 << 20;
@@ -593,14 +596,14 @@ fn random_histories_agree_with_flat_arrays() {
         return;
     }
     let seconds = std::env::var("TIDEPOOL_SECONDS").map_or(20, |s| s.parse().expect("a number"));
-    let end = Instant::now() + Duration::from_secs(seconds);
+    let end = clock::now() + Duration::from_secs(seconds);
     let first = std::time::UNIX_EPOCH
         .elapsed()
         .expect("after 1970")
         .as_secs()
         << 20;
     let mut histories = 0;
-    while Instant::now() < end {
+    while clock::now() < end {
         run(first + histories, 400);
         histories += 1;
     }

@@ -106,7 +106,11 @@ fn a_torn_last_batch_is_not_a_fault() {
     let storage = new_store();
     with_batches(&storage, 3);
     flip(&storage, (2 << 20) + 3 * 4096 + 200);
-    assert_eq!(faults(&storage), [""; 0], "a crash leaves this; nothing after it is lost");
+    assert_eq!(
+        faults(&storage),
+        [""; 0],
+        "a crash leaves this; nothing after it is lost"
+    );
 }
 
 #[test]
@@ -118,7 +122,8 @@ fn a_pool_grows_and_shrinks_as_far_as_its_data_lets_it() {
     assert_eq!(pool.space.usage().clean, free + 512);
     cowdisk::create(&pool, &NewDisk::empty("a", 60 << 20)).expect("creates");
     let disk = Disk::open(&pool, "a").expect("opens");
-    disk.write_at(&vec![3; 40 << 20], 0).expect("more than the pool held before");
+    disk.write_at(&vec![3; 40 << 20], 0)
+        .expect("more than the pool held before");
     drop(disk);
     let e = pool.resize(POOL_LEN).expect_err("data is in the way");
     assert!(e.to_string().contains("bytes or more"), "{e}");
@@ -128,7 +133,8 @@ fn a_pool_grows_and_shrinks_as_far_as_its_data_lets_it() {
     pool.close().expect("closes");
     let pool = open_pool(&storage);
     assert_eq!(pool.superblock().pool_len(), POOL_LEN);
-    pool.resize(1 << 20).expect_err("too small for its own metadata");
+    pool.resize(1 << 20)
+        .expect_err("too small for its own metadata");
 }
 
 #[test]
@@ -137,10 +143,18 @@ fn a_dump_has_every_mapping() {
     with_batches(&storage, 4);
     let mut lines = Vec::new();
     dump(&*storage, &mut |line| lines.push(line.clone())).expect("dumps");
-    let of = |kind: &str| lines.iter().filter(|line| line["kind"] == kind).collect::<Vec<_>>();
+    let of = |kind: &str| {
+        lines
+            .iter()
+            .filter(|line| line["kind"] == kind)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(of("superblock").len(), 2);
     assert_eq!(of("disk")[0]["row"]["name"], "a");
-    let mapped: u64 = of("map").iter().map(|line| line["count"].as_u64().expect("a count")).sum();
+    let mapped: u64 = of("map")
+        .iter()
+        .map(|line| line["count"].as_u64().expect("a count"))
+        .sum();
     assert_eq!(mapped, 4);
     assert_eq!(of("end").len(), 1);
 }
