@@ -144,7 +144,7 @@ pub fn read_owner_note(storage: &dyn Storage) -> String {
 
 impl Pool {
     /// Opens a pool: image, replay, counts. Exclusive use of `storage` is the caller's to ensure
-    /// ([`crate::storage::file::FileStorage`] locks its file).
+    /// ([`crate::storage::FileStorage`] locks its file).
     ///
     /// # Errors
     /// Not a pool, a pool of a newer release, a damaged pool, or the store failed. Nothing was
