@@ -2,6 +2,7 @@
 //! vhost-user-blk over io_uring. The rooms, lowest first; who may import whom is the table in
 //! `tests/tidy.rs`.
 
+pub mod cli;
 pub mod cowdisk;
 pub mod format;
 pub mod metrics;

@@ -13,6 +13,7 @@ mod fork;
 mod manage;
 mod pass;
 mod plan;
+mod usage;
 mod write;
 
 pub use crate::storage::Tier;
@@ -24,4 +25,5 @@ pub use fork::{commit, fork, rollback, snapshot};
 pub use manage::{NewDisk, Settings, create, remove, rename, resize, set};
 pub use pass::Pass;
 pub use plan::{Segment, Source};
+pub use usage::{DiskUsage, PoolUsage, usage};
 pub use write::{Step, WritePlan, WriteSegment};

@@ -134,10 +134,17 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Pool
 #[must_use]
 pub fn read_owner_note(storage: &dyn Storage) -> String {
     let mut bytes = AlignedBuf::new(4096);
-    if storage.read_at(&mut bytes, OWNER_NOTE_AT).is_err() {
-        return String::new();
+    match storage.read_at(&mut bytes, OWNER_NOTE_AT) {
+        Ok(()) => parse_owner_note(&bytes),
+        Err(_unreadable) => String::new(),
     }
-    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+}
+
+/// The note in the block at [`OWNER_NOTE_AT`], for those who may not open the pool as a store
+/// because it is locked: it is them the note is for.
+#[must_use]
+pub fn parse_owner_note(block: &[u8]) -> String {
+    let text = block.split(|byte| *byte == 0).next().unwrap_or_default();
     let text = String::from_utf8_lossy(&text[..text.len().min(OWNER_NOTE_LEN_MAX)]);
     text.chars().filter(|c| !c.is_control()).collect()
 }

@@ -1,0 +1,249 @@
+//! `tidepool disk`: making, forking, changing, copying and removing disks.
+
+mod change;
+mod show;
+
+use super::args::{ItemRef, OptionalSize, OtherRef};
+use super::args::{parse_disk, parse_size, parse_size_or_none, parse_snapshot};
+use super::failure::Failure;
+use super::output::{Output, Reply};
+use crate::format::catalogue::BaseFormat;
+use clap::{Args, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// `tidepool disk ...`
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskCommand {
+    /// Make a disk: empty, or over a raw or qcow2 image that stays as it is.
+    #[command(after_help = CREATE)]
+    Create(Create),
+    /// List the disks and snapshots of a pool.
+    #[command(after_help = LS)]
+    Ls(PoolPath),
+    /// Show size, use and settings of a disk or snapshot.
+    #[command(after_help = INFO)]
+    Info(Item),
+    /// Show which disk was forked from which.
+    #[command(after_help = TREE)]
+    Tree(PoolPath),
+    /// Remove a disk or snapshot. Forks of it live on.
+    #[command(after_help = RM)]
+    Rm(Rm),
+    /// Rename a disk, and its snapshots with it.
+    #[command(after_help = RENAME)]
+    Rename(Rename),
+    /// Change the size of a disk.
+    #[command(after_help = RESIZE)]
+    Resize(Resize),
+    /// Change the settings of a disk.
+    #[command(after_help = SET)]
+    Set(Set),
+    /// Make disks that start as what another is now, in constant time.
+    #[command(after_help = FORK)]
+    Fork(Fork),
+    /// Keep what a disk is now as a read-only snapshot.
+    #[command(after_help = SNAPSHOT)]
+    Snapshot(Snapshot),
+    /// Make a disk what it was at a snapshot.
+    #[command(after_help = ROLLBACK)]
+    Rollback(Snapshot),
+}
+
+const CREATE: &str = "\
+Examples:
+  tidepool disk create vms.pool:scratch --size 10G
+  tidepool disk create vms.pool:base --base debian.qcow2
+  tidepool disk create vms.pool:ci --size 20G --base ci.raw --limit 5G --ephemeral";
+const LS: &str = "\
+Examples:
+  tidepool disk ls vms.pool
+  tidepool disk ls vms.pool -o json | jq -r '.disks[].name'";
+const INFO: &str = "\
+Examples:
+  tidepool disk info vms.pool:vm1
+  tidepool disk info vms.pool:vm1@monday -o json";
+const TREE: &str = "\
+Examples:
+  tidepool disk tree vms.pool";
+const RM: &str = "\
+Examples:
+  tidepool disk rm vms.pool:vm1
+  tidepool disk rm vms.pool:vm1 --cascade";
+const RENAME: &str = "\
+Examples:
+  tidepool disk rename vms.pool:vm1 web1
+  tidepool disk rename vms.pool:vm1@s vm1@monday";
+const RESIZE: &str = "\
+Examples:
+  tidepool disk resize vms.pool:vm1 --size 20G
+  tidepool disk resize vms.pool:vm1 --size 5G --shrink";
+const SET: &str = "\
+Examples:
+  tidepool disk set vms.pool:vm1 --limit 5G --reserve 1G
+  tidepool disk set vms.pool:vm1 --limit none --ephemeral true";
+const FORK: &str = "\
+Examples:
+  tidepool disk fork vms.pool:base vm1
+  tidepool disk fork vms.pool:vm1@monday vms.pool:vm2
+  tidepool disk fork vms.pool:base vm -n 8        makes vm-1 to vm-8";
+const SNAPSHOT: &str = "\
+Examples:
+  tidepool disk snapshot vms.pool:vm1@monday";
+const ROLLBACK: &str = "\
+Examples:
+  tidepool disk rollback vms.pool:vm1@monday";
+
+/// A pool.
+#[derive(Debug, Args)]
+pub(super) struct PoolPath {
+    /// Path of the pool.
+    pool: PathBuf,
+}
+
+/// A disk or snapshot.
+#[derive(Debug, Args)]
+pub(super) struct Item {
+    /// The disk or snapshot, POOL:NAME or POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "POOL:NAME")]
+    item: ItemRef,
+}
+
+/// `disk create`
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    /// The disk to make, POOL:NAME.
+    #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
+    disk: ItemRef,
+    /// Size of the disk; that of the base if left out.
+    #[arg(long, value_parser = parse_size, required_unless_present = "base")]
+    size: Option<u64>,
+    /// What the disk reads as until it is written: an image that must not change from now on.
+    #[arg(long, value_name = "FILE")]
+    base: Option<PathBuf>,
+    /// Format of the base; told from its contents if left out.
+    #[arg(long, value_enum, requires = "base", value_name = "FORMAT")]
+    base_format: Option<ImageFormat>,
+    /// Most bytes of data it may hold of its own.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    limit: Option<u64>,
+    /// Bytes of pool space kept for it.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    reserve: Option<u64>,
+    /// For temporary data: flushes return at once, and a crash of the host may lose what was
+    /// written (never mix it up).
+    #[arg(long)]
+    ephemeral: bool,
+}
+
+/// Format of an image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// A flat image.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+impl From<ImageFormat> for BaseFormat {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => BaseFormat::Raw,
+            ImageFormat::Qcow2 => BaseFormat::Qcow2,
+        }
+    }
+}
+
+/// `disk rm`
+#[derive(Debug, Args)]
+pub(super) struct Rm {
+    /// The disk or snapshot, POOL:NAME or POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "POOL:NAME")]
+    item: ItemRef,
+    /// Remove its snapshots too.
+    #[arg(long)]
+    cascade: bool,
+}
+
+/// `disk rename`
+#[derive(Debug, Args)]
+pub(super) struct Rename {
+    /// The disk or snapshot, POOL:NAME or POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "POOL:NAME")]
+    item: ItemRef,
+    /// Its new name, NAME or POOL:NAME.
+    #[arg(value_name = "NEW_NAME")]
+    new: OtherRef,
+}
+
+/// `disk resize`
+#[derive(Debug, Args)]
+pub(super) struct Resize {
+    /// The disk, POOL:NAME.
+    #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
+    disk: ItemRef,
+    /// Its new size.
+    #[arg(long, value_parser = parse_size)]
+    size: u64,
+    /// Allow a smaller size; what is beyond it is lost.
+    #[arg(long)]
+    shrink: bool,
+}
+
+/// `disk set`
+#[derive(Debug, Args)]
+pub(super) struct Set {
+    /// The disk, POOL:NAME.
+    #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
+    disk: ItemRef,
+    /// Most bytes of data it may hold of its own, or `none`.
+    #[arg(long, value_parser = parse_size_or_none, value_name = "SIZE|none")]
+    limit: Option<OptionalSize>,
+    /// Bytes of pool space kept for it, or `none`.
+    #[arg(long, value_parser = parse_size_or_none, value_name = "SIZE|none")]
+    reserve: Option<OptionalSize>,
+    /// Whether flushes return at once.
+    #[arg(long, value_name = "true|false")]
+    ephemeral: Option<bool>,
+}
+
+/// `disk fork`
+#[derive(Debug, Args)]
+pub(super) struct Fork {
+    /// What to fork: POOL:NAME or POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "POOL:NAME")]
+    source: ItemRef,
+    /// The new disk, NAME or POOL:NAME.
+    #[arg(value_name = "NEW_NAME")]
+    target: OtherRef,
+    /// Make this many disks, NEW_NAME-1 and so on.
+    #[arg(short = 'n', long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    count: Option<u32>,
+}
+
+/// `disk snapshot`, `disk rollback`
+#[derive(Debug, Args)]
+pub(super) struct Snapshot {
+    /// The snapshot, POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "POOL:NAME@SNAPSHOT", value_parser = parse_snapshot)]
+    snapshot: ItemRef,
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What it failed at.
+pub(super) fn execute(command: DiskCommand, _output: Output) -> Result<Reply, Failure> {
+    match command {
+        DiskCommand::Create(args) => change::create(&args),
+        DiskCommand::Ls(args) => show::list(&args.pool),
+        DiskCommand::Info(args) => show::info(&args.item),
+        DiskCommand::Tree(args) => show::tree(&args.pool),
+        DiskCommand::Rm(args) => change::remove(&args),
+        DiskCommand::Rename(args) => change::rename(&args),
+        DiskCommand::Resize(args) => change::resize(&args),
+        DiskCommand::Set(args) => change::set(&args),
+        DiskCommand::Fork(args) => change::fork(&args),
+        DiskCommand::Snapshot(args) => change::snapshot(&args.snapshot),
+        DiskCommand::Rollback(args) => change::rollback(&args.snapshot),
+    }
+}

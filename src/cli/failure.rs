@@ -1,0 +1,160 @@
+//! What a command says when it fails: what happened, to which object, and what to do next.
+
+use crate::cowdisk::{DiskError, DiskErrorKind};
+use crate::pool::{PoolError, PoolErrorKind};
+use crate::storage::OpenError;
+use std::fmt::Display;
+use std::io;
+use std::path::Path;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{object}{}{what}", if object.is_empty() { "" } else { ": " })]
+pub(super) struct Failure {
+    /// A word for programs; see `docs/CLI.md`.
+    pub kind: &'static str,
+    /// What it happened to; empty if `what` says so.
+    pub object: String,
+    /// What happened.
+    pub what: String,
+    /// What to do next, where the rest does not say.
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    /// A failure of `kind`.
+    #[must_use]
+    pub(super) fn new(kind: &'static str, object: impl Display, what: impl Display) -> Self {
+        Self {
+            kind,
+            object: object.to_string(),
+            what: what.to_string(),
+            hint: None,
+        }
+    }
+
+    /// With what to do next.
+    #[must_use]
+    pub(super) fn hint(mut self, hint: impl Display) -> Self {
+        self.hint = Some(hint.to_string());
+        self
+    }
+
+    /// The command line makes no sense.
+    #[must_use]
+    pub(super) fn usage(what: impl Display) -> Self {
+        Self::new("usage", "", what)
+    }
+
+    /// What a disk said.
+    #[must_use]
+    pub(super) fn disk(object: impl Display, error: &DiskError) -> Self {
+        let kind = match (error.kind(), error) {
+            (_, DiskError::Pool(error)) => return Self::pool(object, error),
+            (DiskErrorKind::OutOfRange, _) => "out_of_range",
+            (DiskErrorKind::ReadOnly, _) => "read_only",
+            (DiskErrorKind::Deleted, _) => "not_found",
+            (DiskErrorKind::NoSpace, _) => "no_space",
+            (DiskErrorKind::LimitReached, _) => "limit_reached",
+            (DiskErrorKind::Base, _) => "base",
+            (DiskErrorKind::Io, _) => "io",
+            (DiskErrorKind::Poisoned, _) => "frozen",
+            (DiskErrorKind::Request, _) => "invalid",
+            (DiskErrorKind::Damaged, _) => "damaged",
+        };
+        let failure = Self::new(kind, object, error);
+        match error {
+            DiskError::NoSpace => failure.hint(
+                "delete or discard something, enlarge the pool, or make space on the host \
+                 (`tidepool pool trim` gives freed space back)",
+            ),
+            DiskError::ReadOnly { .. } => failure.hint("fork it to get a disk that can be written"),
+            DiskError::OutOfRange { .. }
+            | DiskError::Deleted { .. }
+            | DiskError::LimitReached { .. }
+            | DiskError::Base { .. }
+            | DiskError::Io { .. }
+            | DiskError::Pool(_) => failure,
+        }
+    }
+
+    /// What a pool said.
+    #[must_use]
+    pub(super) fn pool(object: impl Display, error: &PoolError) -> Self {
+        let kind = match error {
+            PoolError::Storage { .. } if error.kind() == PoolErrorKind::NoSpace => "no_space",
+            PoolError::Storage { .. } => "io",
+            PoolError::Format(crate::format::FormatError::Magic { .. }) => "not_a_pool",
+            PoolError::Format(
+                crate::format::FormatError::Version { .. }
+                | crate::format::FormatError::Features { .. },
+            ) => "newer_version",
+            PoolError::Format(_) | PoolError::Damaged { .. } => "damaged",
+            PoolError::Poisoned { .. } => "frozen",
+            PoolError::ReadOnly => "read_only",
+            PoolError::NoSpace => "no_space",
+            PoolError::NotFound { .. } => "not_found",
+            PoolError::Exists { .. } => "exists",
+            PoolError::InUse { .. } => "in_use",
+            PoolError::HasDependents { .. } => "has_dependents",
+            PoolError::Invalid { .. } => "invalid",
+        };
+        let failure = match kind {
+            "not_a_pool" => Self::new(kind, object, "this is not a Tidepool pool"),
+            _ => Self::new(kind, object, error),
+        };
+        match error {
+            PoolError::NotFound { .. } => {
+                failure.hint("`tidepool disk ls POOL` lists what is there")
+            }
+            PoolError::Format(crate::format::FormatError::Magic { .. }) => {
+                failure.hint("`tidepool pool ls DIR` finds the pools in a directory")
+            }
+            PoolError::Storage { .. }
+            | PoolError::Format(_)
+            | PoolError::Damaged { .. }
+            | PoolError::Poisoned { .. }
+            | PoolError::ReadOnly
+            | PoolError::NoSpace
+            | PoolError::Exists { .. }
+            | PoolError::InUse { .. }
+            | PoolError::HasDependents { .. }
+            | PoolError::Invalid { .. } => failure,
+        }
+    }
+
+    /// What the operating system said about a file of the user's.
+    #[must_use]
+    pub(super) fn io(path: &Path, doing: &str, error: &io::Error) -> Self {
+        let kind = io_kind(error.kind());
+        Self::new(kind, path.display(), format!("cannot {doing}: {error}"))
+    }
+
+    /// Why a file of the user's, not a pool, cannot be opened or made.
+    #[must_use]
+    pub(super) fn file(error: &OpenError) -> Self {
+        let kind = match error {
+            OpenError::Locked { .. } => "locked",
+            OpenError::NotAStore { .. } | OpenError::Length { .. } | OpenError::Io { .. } => {
+                io_kind(error.kind())
+            }
+        };
+        let failure = Self::new(kind, "", error);
+        match kind {
+            "exists" => failure.hint("choose another name, or remove it first"),
+            "locked" => failure.hint("stop what has it open, and try again"),
+            _ => failure,
+        }
+    }
+}
+
+fn io_kind(kind: io::ErrorKind) -> &'static str {
+    let kinds = [
+        (io::ErrorKind::NotFound, "not_found"),
+        (io::ErrorKind::AlreadyExists, "exists"),
+        (io::ErrorKind::StorageFull, "no_space"),
+        (io::ErrorKind::QuotaExceeded, "no_space"),
+    ];
+    let known = kinds.iter().find(|(known, _)| *known == kind);
+    known.map_or("io", |(_, word)| word)
+}

@@ -1,0 +1,113 @@
+//! Opening pools for a command, and saying who is in the way if that fails.
+
+use super::failure::Failure;
+use crate::format::superblock::OWNER_NOTE_AT;
+use crate::pool::open::parse_owner_note;
+use crate::pool::{OpenOptions, Pool, Return};
+use crate::storage::{Access, FileStorage, OpenError, Storage};
+use crate::sync::Arc;
+use crate::sys::file;
+use std::io::{self, IoSliceMut};
+use std::path::Path;
+
+/// Runs `work` on the pool, opened for reading only: others may read it at the same time.
+///
+/// # Errors
+/// The pool cannot be opened, or what `work` says.
+pub(super) fn reading<T>(
+    path: &Path,
+    work: impl FnOnce(&Arc<Pool>) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let options = OpenOptions {
+        is_read_only: true,
+        ..OpenOptions::default()
+    };
+    work(&open(path, Access::ReadOnly, &options)?)
+}
+
+/// Runs `work` on the pool, opened for writing, and closes it. `doing` is for others who want it
+/// meanwhile.
+///
+/// # Errors
+/// The pool cannot be opened or closed, or what `work` says.
+pub(super) fn writing<T>(
+    path: &Path,
+    doing: &str,
+    work: impl FnOnce(&Arc<Pool>) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let pool = open_for(path, doing, Return::Idle)?;
+    let result = work(&pool);
+    let closed = pool.close();
+    let value = result?;
+    closed.map_err(|e| Failure::pool(path.display(), &e))?;
+    Ok(value)
+}
+
+/// Opens the pool for writing, with a note of who does.
+///
+/// # Errors
+/// It cannot be opened.
+pub(super) fn open_for(path: &Path, doing: &str, returning: Return) -> Result<Arc<Pool>, Failure> {
+    let options = OpenOptions {
+        is_read_only: false,
+        returning,
+        owner: format!("pid {}, {doing}", std::process::id()),
+    };
+    open(path, Access::ReadWrite, &options)
+}
+
+fn open(path: &Path, access: Access, options: &OpenOptions) -> Result<Arc<Pool>, Failure> {
+    let storage = FileStorage::open(path, access).map_err(|e| refusal(path, &e))?;
+    let storage: Arc<dyn Storage> = Arc::new(storage);
+    Pool::open(storage, options).map_err(|e| Failure::pool(path.display(), &e))
+}
+
+/// Why a pool's file cannot be opened.
+#[must_use]
+pub(super) fn refusal(path: &Path, error: &OpenError) -> Failure {
+    let shown = path.display();
+    match error {
+        OpenError::Locked { pid, .. } => {
+            let note = owner_note(path);
+            let what = if note.is_empty() {
+                error.to_string()
+            } else {
+                format!("{error} ({note})")
+            };
+            let hint = match pid {
+                Some(pid) => format!("stop it with `kill {pid}` or Ctrl-C there, and try again"),
+                None => "stop what has it open, and try again".to_owned(),
+            };
+            Failure::new("locked", "", what).hint(hint)
+        }
+        OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            Failure::new("not_found", &shown, "there is no such pool").hint(format!(
+                "`tidepool pool create {shown} --size 100G` makes one"
+            ))
+        }
+        OpenError::NotAStore { .. } => Failure::new("not_a_pool", "", error)
+            .hint("`tidepool pool ls DIR` finds the pools in a directory"),
+        OpenError::Length { .. } | OpenError::Io { .. } => Failure::file(error),
+    }
+}
+
+/// The note of who has the pool open; empty if there is none or it cannot be read.
+#[must_use]
+pub(super) fn owner_note(path: &Path) -> String {
+    peek(path, OWNER_NOTE_AT, 4096).map_or_else(|_| String::new(), |block| parse_owner_note(&block))
+}
+
+/// `len` bytes of a file, whoever has it locked.
+///
+/// # Errors
+/// As open(2) and read(2); `UnexpectedEof` if it is shorter.
+pub(super) fn peek(path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    // Opening a pipe would wait for its other end.
+    if file::kind_of(path)? == file::Kind::Other {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let file = file::open(path, file::Mode::Read)?;
+    let mut bytes = vec![0; len];
+    file::read_exact_at(&file, &mut [IoSliceMut::new(&mut bytes)], offset)?;
+    Ok(bytes)
+}

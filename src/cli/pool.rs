@@ -1,0 +1,335 @@
+//! `tidepool pool`: making, measuring and looking after pools.
+
+use super::args::parse_size;
+use super::failure::Failure;
+use super::human;
+use super::open;
+use super::output::Reply;
+use crate::cowdisk::{self, PoolUsage};
+use crate::format::catalogue::RowKind;
+use crate::format::superblock::{SUPERBLOCK_LEN, Superblock};
+use crate::format::units::ClusterSize;
+use crate::pool::open::create as make_pool;
+use crate::pool::{CreateOptions, Pool};
+use crate::storage::FileStorage;
+use crate::sys::file;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// `tidepool pool ...`
+#[derive(Debug, Subcommand)]
+pub(super) enum PoolCommand {
+    /// Make an empty pool: a sparse file that grows as it is used, or a whole block device.
+    #[command(after_help = CREATE)]
+    Create(Create),
+    /// Show size, use and settings of a pool.
+    #[command(after_help = INFO)]
+    Info(Target),
+    /// List pools: those named, or those in a directory.
+    #[command(after_help = LS)]
+    Ls(Ls),
+    /// Give freed space back to the host.
+    #[command(after_help = TRIM)]
+    Trim(Target),
+}
+
+const CREATE: &str = "\
+Examples:
+  tidepool pool create vms.pool --size 100G
+  tidepool pool create fast.pool --size 2T --cluster 128K
+  tidepool pool create /dev/nvme1n1 --force";
+const INFO: &str = "\
+Examples:
+  tidepool pool info vms.pool
+  tidepool pool info vms.pool --output json";
+const LS: &str = "\
+Examples:
+  tidepool pool ls
+  tidepool pool ls /var/lib/tidepool /dev/nvme1n1";
+const TRIM: &str = "\
+Examples:
+  tidepool pool trim vms.pool";
+
+/// A pool.
+#[derive(Debug, Args)]
+pub(super) struct Target {
+    /// Path of the pool.
+    pool: PathBuf,
+}
+
+/// `pool create`
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    /// Path of the pool: a file to be made, or a block device.
+    pool: PathBuf,
+    /// Most bytes it may grow to. A block device is used whole.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    size: Option<u64>,
+    /// Cluster size, 16K to 1M, a power of two: the unit of allocation.
+    #[arg(long, value_parser = parse_cluster, default_value = "64K", value_name = "SIZE")]
+    cluster: ClusterSize,
+    /// Use a block device, and lose everything on it.
+    #[arg(long)]
+    force: bool,
+}
+
+/// `pool ls`
+#[derive(Debug, Args)]
+pub(super) struct Ls {
+    /// Pools, and directories to look for pools in; the current directory if none is given.
+    paths: Vec<PathBuf>,
+}
+
+fn parse_cluster(text: &str) -> Result<ClusterSize, String> {
+    let bytes = parse_size(text)?;
+    ClusterSize::from_bytes(bytes)
+        .ok_or_else(|| "a cluster has 16K to 1M bytes, a power of two".to_owned())
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What it failed at.
+pub(super) fn execute(command: PoolCommand) -> Result<Reply, Failure> {
+    match command {
+        PoolCommand::Create(create) => run_create(&create),
+        PoolCommand::Info(target) => open::reading(&target.pool, |pool| info(&target.pool, pool)),
+        PoolCommand::Ls(ls) => list(ls),
+        PoolCommand::Trim(target) => trim(&target.pool),
+    }
+}
+
+fn run_create(create: &Create) -> Result<Reply, Failure> {
+    let path = &create.pool;
+    let kind = file::kind_of(path).ok();
+    let size = match (kind, create.size) {
+        (None, Some(size)) => size,
+        (None, None) => return Err(Failure::usage("a pool that is a file needs --size")),
+        (Some(file::Kind::BlockDevice), size) => device_size(create, size)?,
+        (Some(file::Kind::Regular | file::Kind::Other), _) => {
+            return Err(Failure::new("exists", path.display(), "it exists already")
+                .hint("choose another name, or remove it first"));
+        }
+    };
+    let options = CreateOptions {
+        cluster_size: create.cluster,
+        ..CreateOptions::new(size)
+    };
+    let len = options.size / options.cluster_size.bytes() * options.cluster_size.bytes();
+    let storage = FileStorage::create_new(path, len).map_err(|e| open::refusal(path, &e))?;
+    if let Err(error) = make_pool(&storage, &options) {
+        if kind.is_none() {
+            // It was made above, and is of no use to anyone.
+            drop(std::fs::remove_file(path));
+        }
+        return Err(Failure::pool(path.display(), &error));
+    }
+    let uuid = uuid::Uuid::from_bytes(options.uuid);
+    let text = format!(
+        "{}: a pool of {} in clusters of {}\n",
+        path.display(),
+        human::bytes(len),
+        human::bytes(create.cluster.bytes())
+    );
+    let json = json!({
+        "pool": path,
+        "uuid": uuid.to_string(),
+        "capacity": len,
+        "cluster_size": create.cluster.bytes(),
+    });
+    Ok(Reply::new(json, text))
+}
+
+fn device_size(create: &Create, size: Option<u64>) -> Result<u64, Failure> {
+    let path = &create.pool;
+    if !create.force {
+        let what = "it is a block device, and making a pool on it loses everything it holds";
+        return Err(Failure::new("exists", path.display(), what).hint("say --force to do that"));
+    }
+    let device = file::open(path, file::Mode::Read)
+        .and_then(|device| file::device_len(&device))
+        .map_err(|e| Failure::io(path, "measure the device", &e))?;
+    match size {
+        Some(size) if size > device => {
+            let what = format!("the device has {} only", human::exact(device));
+            Err(Failure::new("invalid", path.display(), what)
+                .hint("leave --size out to use it whole"))
+        }
+        Some(size) => Ok(size),
+        None => Ok(device),
+    }
+}
+
+fn info(path: &Path, pool: &Pool) -> Result<Reply, Failure> {
+    let usage = cowdisk::usage(pool).map_err(|e| Failure::disk(path.display(), &e))?;
+    let json = describe(path, pool, &usage);
+    let text = human::fields(&[
+        ("pool", path.display().to_string()),
+        ("uuid", uuid::Uuid::from_bytes(pool.uuid()).to_string()),
+        ("capacity", human::exact(usage.capacity)),
+        ("used", human::exact(usage.used)),
+        ("free", human::exact(usage.free)),
+        ("reserved", human::exact(usage.reserved)),
+        ("metadata", human::exact(usage.metadata)),
+        ("reclaimable", human::exact(usage.reclaimable)),
+        ("host-allocated", human::exact(usage.host_allocated)),
+        ("cluster size", human::exact(pool.cluster_size().bytes())),
+        ("disks", count(&usage, RowKind::Disk).to_string()),
+        ("snapshots", count(&usage, RowKind::Snapshot).to_string()),
+        (
+            "closed cleanly",
+            if pool.superblock().is_clean {
+                "yes"
+            } else {
+                "no"
+            }
+            .to_owned(),
+        ),
+    ]);
+    Ok(Reply::new(json, text))
+}
+
+fn count(usage: &PoolUsage, kind: RowKind) -> usize {
+    let rows = usage.disks.iter().map(|(item, _)| &item.row);
+    rows.filter(|row| row.kind == kind).count()
+}
+
+fn describe(path: &Path, pool: &Pool, usage: &PoolUsage) -> Value {
+    json!({
+        "pool": path,
+        "uuid": uuid::Uuid::from_bytes(pool.uuid()).to_string(),
+        "capacity": usage.capacity,
+        "used": usage.used,
+        "free": usage.free,
+        "reserved": usage.reserved,
+        "metadata": usage.metadata,
+        "reclaimable": usage.reclaimable,
+        "host_allocated": usage.host_allocated,
+        "cluster_size": pool.cluster_size().bytes(),
+        "disks": count(usage, RowKind::Disk),
+        "snapshots": count(usage, RowKind::Snapshot),
+        "is_clean": pool.superblock().is_clean,
+    })
+}
+
+fn list(ls: Ls) -> Result<Reply, Failure> {
+    let mut paths = ls.paths;
+    if paths.is_empty() {
+        paths.push(PathBuf::from("."));
+    }
+    let mut pools = Vec::new();
+    for path in paths {
+        if path.is_dir() {
+            let reading = |e: std::io::Error| Failure::io(&path, "read the directory", &e);
+            for entry in std::fs::read_dir(&path).map_err(reading)? {
+                let found = entry.map_err(reading)?.path();
+                let found = found.strip_prefix("./").unwrap_or(&found).to_owned();
+                if is_pool(&found) {
+                    pools.push(found);
+                }
+            }
+        } else {
+            pools.push(path);
+        }
+    }
+    pools.sort();
+    let mut rows = Vec::new();
+    let mut values = Vec::new();
+    for path in &pools {
+        let (row, value) = list_one(path)?;
+        rows.push(row);
+        values.push(value);
+    }
+    let heading = [
+        "POOL",
+        ">CAPACITY",
+        ">USED",
+        ">FREE",
+        ">HOST",
+        ">DISKS",
+        ">SNAPSHOTS",
+        "STATE",
+    ];
+    Ok(Reply::new(
+        json!({ "pools": values }),
+        human::table(&heading, &rows),
+    ))
+}
+
+/// A line about one pool. One that is in use, or does not open, is listed with the reason.
+fn list_one(path: &Path) -> Result<(Vec<String>, Value), Failure> {
+    let described = open::reading(path, |pool| {
+        let usage = cowdisk::usage(pool).map_err(|e| Failure::disk(path.display(), &e))?;
+        let mut value = describe(path, pool, &usage);
+        value["state"] = json!("idle");
+        let row = vec![
+            path.display().to_string(),
+            human::bytes(usage.capacity),
+            human::bytes(usage.used),
+            human::bytes(usage.free),
+            human::bytes(usage.host_allocated),
+            count(&usage, RowKind::Disk).to_string(),
+            count(&usage, RowKind::Snapshot).to_string(),
+            "idle".to_owned(),
+        ];
+        Ok((row, value))
+    });
+    match described {
+        Err(failure) if is_pool(path) => {
+            let mut row = vec![path.display().to_string()];
+            row.extend(std::iter::repeat_n("-".to_owned(), 6));
+            let note = open::owner_note(path);
+            let state = match failure.kind {
+                "locked" if note.is_empty() => "in use".to_owned(),
+                "locked" => format!("in use: {note}"),
+                _ => failure.to_string(),
+            };
+            row.push(state);
+            let value =
+                json!({ "pool": path, "state": failure.kind, "message": failure.to_string() });
+            Ok((row, value))
+        }
+        other => other,
+    }
+}
+
+/// Whether there is a superblock, in whatever state.
+fn is_pool(path: &Path) -> bool {
+    open::peek(path, 0, SUPERBLOCK_LEN).is_ok_and(|block| {
+        !matches!(
+            Superblock::decode(&block),
+            Err(crate::format::FormatError::Magic { .. } | crate::format::FormatError::Short { .. })
+        )
+    })
+}
+
+fn trim(path: &Path) -> Result<Reply, Failure> {
+    open::writing(path, "started by tidepool pool trim", |pool| {
+        let failed = |e: &crate::pool::PoolError| Failure::pool(path.display(), e);
+        let returned = pool.trim().map_err(|e| failed(&e))?;
+        let allocated = pool.storage().allocated();
+        let allocated = allocated.map_err(|e| Failure::io(path, "measure", &e))?;
+        let text = format!(
+            "{}: gave {} back to the host, which holds {} for it now\n",
+            path.display(),
+            human::bytes(returned),
+            human::bytes(allocated)
+        );
+        let json = json!({ "pool": path, "returned": returned, "host_allocated": allocated });
+        Ok(Reply::new(json, text))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_are_powers_of_two_in_range() {
+        parse_cluster("64K").expect("the default");
+        for text in ["8K", "2M", "65K", "x"] {
+            parse_cluster(text).expect_err(text);
+        }
+    }
+}
