@@ -186,11 +186,12 @@ impl Server {
             return Err(ServeError::NoFile(name));
         }
         let mut ports = self.ports.lock();
-        if ports
-            .list
-            .iter()
-            .any(|port| port.device.disk.name() == name)
-        {
+        // Disks of two pools may have one name.
+        let is_it = |port: &Arc<Port>| {
+            let other = &port.device.disk;
+            Arc::ptr_eq(other.pool(), disk.pool()) && other.name() == name
+        };
+        if ports.list.iter().any(is_it) {
             return Err(ServeError::Duplicate(name));
         }
         let flusher = ports.flusher(&disk).map_err(ServeError::Thread)?;
