@@ -16,6 +16,7 @@ mod human;
 mod open;
 mod output;
 mod pool;
+mod serve;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
@@ -64,6 +65,9 @@ enum Command {
     /// Make, fork, change, copy and remove disks.
     #[command(subcommand)]
     Disk(disk::DiskCommand),
+    /// Serve the disks of pools to virtual machines, in the foreground.
+    #[command(after_help = serve::EXAMPLES)]
+    Serve(serve::Serve),
     /// Print a completion script for a shell.
     #[command(after_help = COMPLETIONS)]
     Completions {
@@ -109,6 +113,7 @@ fn execute(command: Command, output: Output) -> Result<Reply, Failure> {
     match command {
         Command::Pool(command) => pool::execute(command),
         Command::Disk(command) => disk::execute(command, output),
+        Command::Serve(args) => serve::execute(&args, output),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidepool", &mut script);

@@ -18,11 +18,19 @@ pub(super) fn reading<T>(
     path: &Path,
     work: impl FnOnce(&Arc<Pool>) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    work(&open_to_read(path)?)
+}
+
+/// Opens the pool for reading only.
+///
+/// # Errors
+/// It cannot be opened.
+pub(super) fn open_to_read(path: &Path) -> Result<Arc<Pool>, Failure> {
     let options = OpenOptions {
         is_read_only: true,
         ..OpenOptions::default()
     };
-    work(&open(path, Access::ReadOnly, &options)?)
+    open(path, Access::ReadOnly, &options)
 }
 
 /// Runs `work` on the pool, opened for writing, and closes it. `doing` is for others who want it
@@ -69,16 +77,23 @@ pub(super) fn refusal(path: &Path, error: &OpenError) -> Failure {
     match error {
         OpenError::Locked { pid, .. } => {
             let note = owner_note(path);
-            let what = if note.is_empty() {
-                error.to_string()
-            } else {
-                format!("{error} ({note})")
+            let (holder, note) = match pid {
+                // A note of another process was left by one that was killed.
+                Some(pid) => {
+                    let rest = note.strip_prefix(&format!("pid {pid}, "));
+                    (format!("process {pid}"), rest.unwrap_or_default())
+                }
+                None => ("another process".to_owned(), note.as_str()),
+            };
+            let what = match note {
+                "" => format!("in use by {holder}"),
+                note => format!("in use by {holder} ({note})"),
             };
             let hint = match pid {
                 Some(pid) => format!("stop it with `kill {pid}` or Ctrl-C there, and try again"),
                 None => "stop what has it open, and try again".to_owned(),
             };
-            Failure::new("locked", "", what).hint(hint)
+            Failure::new("locked", shown, what).hint(hint)
         }
         OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
             Failure::new("not_found", &shown, "there is no such pool").hint(format!(

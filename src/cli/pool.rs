@@ -135,8 +135,8 @@ fn run_create(create: &Create) -> Result<Reply, Failure> {
     let json = json!({
         "pool": path,
         "uuid": uuid.to_string(),
-        "capacity": len,
-        "cluster_size": create.cluster.bytes(),
+        "capacity_bytes": len,
+        "cluster_bytes": create.cluster.bytes(),
     });
     Ok(Reply::new(json, text))
 }
@@ -199,14 +199,14 @@ fn describe(path: &Path, pool: &Pool, usage: &PoolUsage) -> Value {
     json!({
         "pool": path,
         "uuid": uuid::Uuid::from_bytes(pool.uuid()).to_string(),
-        "capacity": usage.capacity,
-        "used": usage.used,
-        "free": usage.free,
-        "reserved": usage.reserved,
-        "metadata": usage.metadata,
-        "reclaimable": usage.reclaimable,
-        "host_allocated": usage.host_allocated,
-        "cluster_size": pool.cluster_size().bytes(),
+        "capacity_bytes": usage.capacity,
+        "used_bytes": usage.used,
+        "free_bytes": usage.free,
+        "reserved_bytes": usage.reserved,
+        "metadata_bytes": usage.metadata,
+        "reclaimable_bytes": usage.reclaimable,
+        "host_allocated_bytes": usage.host_allocated,
+        "cluster_bytes": pool.cluster_size().bytes(),
         "disks": count(usage, RowKind::Disk),
         "snapshots": count(usage, RowKind::Snapshot),
         "is_clean": pool.superblock().is_clean,
@@ -316,7 +316,8 @@ fn trim(path: &Path) -> Result<Reply, Failure> {
             human::bytes(returned),
             human::bytes(allocated)
         );
-        let json = json!({ "pool": path, "returned": returned, "host_allocated": allocated });
+        let json =
+            json!({ "pool": path, "returned_bytes": returned, "host_allocated_bytes": allocated });
         Ok(Reply::new(json, text))
     })
 }

@@ -60,7 +60,7 @@ pub(super) fn create(args: &Create) -> Result<Reply, Failure> {
     let json = json!({
         "pool": args.disk.pool,
         "name": row.name,
-        "size": row.size,
+        "size_bytes": row.size,
         "base": base.map(|base| json!({ "path": base.path, "format": base.format })),
     });
     Ok(Reply::new(json, text))
@@ -107,7 +107,8 @@ pub(super) fn resize(args: &Resize) -> Result<Reply, Failure> {
         cowdisk::resize(pool, &disk.name, args.size, args.shrink)?;
         Ok((old, pool.find(&disk.name)?.row.size))
     })?;
-    let json = json!({ "pool": disk.pool, "name": disk.name, "old_size": old, "size": new });
+    let json =
+        json!({ "pool": disk.pool, "name": disk.name, "old_size_bytes": old, "size_bytes": new });
     let text = format!(
         "{disk}: now {}, was {}\n",
         human::bytes(new),
@@ -141,8 +142,8 @@ pub(super) fn set(args: &Set) -> Result<Reply, Failure> {
     let json = json!({
         "pool": disk.pool,
         "name": disk.name,
-        "limit": row.limit,
-        "reserve": row.reserve,
+        "limit_bytes": row.limit,
+        "reserve_bytes": row.reserve,
         "is_ephemeral": row.is_ephemeral,
     });
     Ok(Reply::new(json, text))

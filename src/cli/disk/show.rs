@@ -32,18 +32,18 @@ fn describe(usage: &PoolUsage, row: &Row, space: &DiskUsage) -> Value {
         "id": row.id,
         "family": row.family,
         "parent": parent(usage, row),
-        "size": row.size,
-        "used": space.used,
-        "shared": space.shared,
-        "unique": space.unique,
-        "reclaimable": space.reclaimable,
+        "size_bytes": row.size,
+        "used_bytes": space.used,
+        "shared_bytes": space.shared,
+        "unique_bytes": space.unique,
+        "reclaimable_bytes": space.reclaimable,
         "base": row.base.as_ref().map(|base| json!({
             "path": base.path,
             "format": base.format,
-            "len": row.base_len,
+            "length_bytes": row.base_len,
         })),
-        "limit": row.limit,
-        "reserve": row.reserve,
+        "limit_bytes": row.limit,
+        "reserve_bytes": row.reserve,
         "is_ephemeral": row.is_ephemeral,
         "created": row.created,
     })
@@ -171,11 +171,11 @@ pub(super) fn tree(path: &Path) -> Result<Reply, Failure> {
         .collect();
     let json = json!({
         "pool": path,
-        "capacity": usage.capacity,
-        "used": usage.used,
-        "free": usage.free,
-        "metadata": usage.metadata,
-        "host_allocated": usage.host_allocated,
+        "capacity_bytes": usage.capacity,
+        "used_bytes": usage.used,
+        "free_bytes": usage.free,
+        "metadata_bytes": usage.metadata,
+        "host_allocated_bytes": usage.host_allocated,
         "disks": disks,
     });
     Ok(Reply::new(json, text))
