@@ -247,7 +247,8 @@ impl Ring {
         let PollHandle(index) = poll;
         let op = &mut self.ops[to_usize(index)];
         op.kind = Kind::Cancelled;
-        let entry = opcode::PollRemove::new(u64::from(index))
+        // Not POLL_REMOVE: that gives up (EALREADY) on a poll that is just being woken.
+        let entry = opcode::AsyncCancel::new(u64::from(index))
             .build()
             .user_data(IGNORED);
         // A backlogged poll was never armed: then the removal must queue behind it.
