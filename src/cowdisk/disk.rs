@@ -171,11 +171,17 @@ impl Disk {
         }
     }
 
+    /// Refuses what is out of range before any part of it is done.
+    fn check_request(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.check_range(&self.volume().map.read(), offset, len)
+    }
+
     /// Fills `buf` from byte `offset`.
     ///
     /// # Errors
     /// Out of range, deleted, or the store or base failed.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), DiskError> {
+        self.check_request(offset, bytes_of(buf.len()))?;
         let waker = thread_waker();
         let mut segments = Vec::new();
         let mut at = offset;
@@ -219,6 +225,7 @@ impl Disk {
     /// Out of range, read-only, deleted, out of space (at once: nobody waits here), or the store
     /// failed. Any part of the range may have been written.
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<(), DiskError> {
+        self.check_request(offset, bytes_of(buf.len()))?;
         let waker = thread_waker();
         let mut plan = WritePlan::default();
         let mut at = offset;
@@ -237,6 +244,7 @@ impl Disk {
         waker: &Waker,
     ) -> Result<(), DiskError> {
         let len = u32::try_from(part.len()).expect("at most PART_LEN_MAX");
+        let mut has_reclaimed = false;
         loop {
             let pass = self.enter_blocking(waker);
             match self.plan_write(&pass, offset, len, plan, waker)? {
@@ -254,7 +262,13 @@ impl Disk {
                     drop(pass);
                     std::thread::park();
                 }
-                Step::Full => return Err(DiskError::NoSpace),
+                Step::Full if has_reclaimed => return Err(DiskError::NoSpace),
+                Step::Full => {
+                    // A commit drains disks: not with a pass in hand.
+                    drop(pass);
+                    self.pool().reclaim()?;
+                    has_reclaimed = true;
+                }
                 Step::Done | Step::Blocking => unreachable!("a write is never pure metadata"),
             }
         }
@@ -284,6 +298,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write_at`].
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), DiskError> {
+        self.check_request(offset, len)?;
         let (head, body, tail) = self.split_blocks(offset, len);
         let zeros = vec![0; len_of(u64::from(self.block_size()))];
         for edge in [head, tail] {

@@ -165,7 +165,9 @@ impl Disk {
     /// `Err` unless the range is whole sectors of the disk, and the disk is there.
     pub(super) fn check_range(&self, map: &Map, offset: u64, len: u64) -> Result<(), DiskError> {
         if map.is_deleted {
-            return Err(DiskError::Deleted { name: self.name() });
+            // The catalogue does not know it any more, and must not be asked with a map locked.
+            let name = format!("deleted disk {}", map.id);
+            return Err(DiskError::Deleted { name });
         }
         let is_inside = offset.checked_add(len).is_some_and(|end| end <= map.size);
         if !is_inside || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {

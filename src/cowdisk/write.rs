@@ -47,14 +47,15 @@ pub struct WriteSegment {
     pub to: u64,
 }
 
-/// Blocks that a write will allocate when it completes.
+/// Blocks that a write will allocate when it completes: those it covers whole that were not
+/// allocated when it was planned. Not those that were: if a discard takes one of them away while
+/// the write is in flight, the discard came last, or what it zeroed around the write would be back.
 #[derive(Debug, Clone, Copy)]
 struct Fill {
     lcn: Lcn,
     own: u32,
+    /// The blocks; counted for the quota when planned.
     mask: u16,
-    /// Of `mask`, those counted for the quota when planned.
-    counted: u16,
 }
 
 /// Where a write goes. Reusable: its memory is kept from one request to the next.
@@ -85,6 +86,9 @@ impl WritePlan {
 /// Why planning stopped.
 enum Stop {
     Step(Step),
+    /// The disk's limit in sub-clusters. Its name is looked up when the map is unlocked: the
+    /// catalogue comes before maps in the lock order.
+    Limit(u64),
     Error(DiskError),
 }
 
@@ -132,14 +136,24 @@ impl Disk {
                 undo(&mut map, plan);
                 Err(e)
             }
+            Some(Stop::Limit(subs)) => {
+                undo(&mut map, plan);
+                drop(map);
+                Err(DiskError::LimitReached {
+                    name: self.name(),
+                    limit: subs.saturating_mul(self.pool().cluster_size().sub_bytes()),
+                })
+            }
             Some(Stop::Step(step)) => {
                 undo(&mut map, plan);
                 if matches!(step, Step::Busy) {
                     map.waiting.push(waker.clone());
                 }
+                let purpose = map.purpose();
                 drop(map);
                 if matches!(step, Step::Full) {
-                    self.pool().space.wait_for_space(waker);
+                    self.pool().space.wait_for_space(purpose, waker);
+                    self.pool().hurry();
                 }
                 Ok(step)
             }
@@ -189,7 +203,7 @@ impl Disk {
         let touched = size.touched(piece.from, piece.to);
         let covered = size.covered(piece.from, piece.to);
         if !is_own {
-            self.check_limit(map, covered)?;
+            check_limit(map, covered)?;
             entry = self.hang_new(map, piece.lcn, entry)?;
         }
         let missing = touched & !entry.alloc;
@@ -198,37 +212,22 @@ impl Disk {
             if busy.fills > 0 {
                 return Err(Stop::Step(Step::Busy));
             }
-            self.check_limit(map, in_part)?;
+            check_limit(map, in_part)?;
             let job = self.copy_up(map, piece.lcn, entry, in_part);
             return Err(Stop::Step(Step::Copy(job)));
         }
         if missing != 0 {
-            self.check_limit(map, missing)?;
+            check_limit(map, missing)?;
             map.busy.entry(piece.lcn.0).or_default().fills += 1;
-            let counted = missing;
-            map.used_subs += u64::from(counted.count_ones());
+            map.used_subs += u64::from(missing.count_ones());
             plan.fills.push(Fill {
                 lcn: piece.lcn,
                 own: entry.own,
-                mask: touched,
-                counted,
+                mask: missing,
             });
         }
         self.push_segment(plan, piece, entry.own);
         Ok(())
-    }
-
-    fn check_limit(&self, map: &Map, more: u16) -> Result<(), Stop> {
-        match map.limit_subs {
-            Some(limit) if map.used_subs + u64::from(more.count_ones()) > limit => {
-                let limit = limit * self.pool().cluster_size().sub_bytes();
-                Err(Stop::Error(DiskError::LimitReached {
-                    name: self.name(),
-                    limit,
-                }))
-            }
-            Some(_) | None => Ok(()),
-        }
     }
 
     /// Hangs a new cluster over what `entry` says, or asks for a copy if that would be three deep.
@@ -290,7 +289,7 @@ impl Disk {
             let entry = map.get(fill.lcn);
             map.used_subs = map
                 .used_subs
-                .saturating_sub(u64::from(fill.counted.count_ones()));
+                .saturating_sub(u64::from(fill.mask.count_ones()));
             // The cluster may have been discarded meanwhile: then the write came first.
             if is_ok && entry.own == fill.own {
                 let alloc = entry.alloc | fill.mask;
@@ -307,13 +306,22 @@ impl Disk {
     }
 }
 
+fn check_limit(map: &Map, more: u16) -> Result<(), Stop> {
+    match map.limit_subs {
+        Some(limit) if map.used_subs + u64::from(more.count_ones()) > limit => {
+            Err(Stop::Limit(limit))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// Takes back what a plan marked before it stopped.
 fn undo(map: &mut Map, plan: &mut WritePlan) {
     plan.segments.clear();
     for fill in plan.fills.drain(..) {
         map.used_subs = map
             .used_subs
-            .saturating_sub(u64::from(fill.counted.count_ones()));
+            .saturating_sub(u64::from(fill.mask.count_ones()));
         map.end_fill(fill.lcn);
     }
 }

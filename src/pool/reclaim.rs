@@ -23,10 +23,9 @@ impl Pool {
     /// # Errors
     /// The store failed; the clusters stay free.
     pub fn punch_written(&self, most: u32) -> Result<u32, PoolError> {
+        self.check_writable()?;
         let mut left = most;
-        let per_call = u32::try_from(PUNCH_LEN_MAX / self.cluster_size.bytes())
-            .unwrap_or(1)
-            .max(1);
+        let per_call = self.clusters_per_punch();
         while let Some(run) = self.space.take_written(per_call.min(left)) {
             left -= run.end - run.start;
             let punched = self.punch(&run);
@@ -63,28 +62,49 @@ impl Pool {
         while let Some((start, end)) = self.storage.next_data(at).map_err(reading())? {
             let first = self.cluster_size.split(start).0.0;
             let last = self.cluster_size.count(end).unwrap_or(u32::MAX);
-            for run in self.space.take_clean_in(first..last) {
-                let punched = self.punch_in_parts(&run);
-                self.space.give_back(run, false);
-                punched?;
-            }
+            self.punch_clean(first..last)?;
             at = end;
         }
         let after = self.storage.allocated().map_err(reading())?;
         Ok(before.saturating_sub(after))
     }
 
-    fn punch_in_parts(&self, run: &Range<u32>) -> Result<(), PoolError> {
-        let per_call = u32::try_from(PUNCH_LEN_MAX / self.cluster_size.bytes())
-            .unwrap_or(1)
-            .max(1);
-        let mut start = run.start;
-        while start < run.end {
-            let end = run.end.min(start.saturating_add(per_call));
-            self.punch(&(start..end))?;
+    /// Punches what is free in `range`, a little at a time: whoever writes meanwhile finds the rest.
+    fn punch_clean(&self, range: Range<u32>) -> Result<(), PoolError> {
+        let mut start = range.start;
+        while start < range.end {
+            let end = range
+                .end
+                .min(start.saturating_add(self.clusters_per_punch()));
+            for run in self.space.take_clean_in(start..end) {
+                let punched = self.punch(&run);
+                self.space.give_back(run, false);
+                punched?;
+            }
             start = end;
         }
         Ok(())
+    }
+
+    fn clusters_per_punch(&self) -> u32 {
+        let clusters = PUNCH_LEN_MAX / self.cluster_size.bytes();
+        u32::try_from(clusters).unwrap_or(1).max(1)
+    }
+
+    /// Makes what was discarded free, as far as no request may still use it.
+    ///
+    /// # Errors
+    /// As [`Pool::flush`].
+    pub fn reclaim(&self) -> Result<(), PoolError> {
+        self.flush()?;
+        while self.reap(REAP_STEPS) {}
+        Ok(())
+    }
+
+    /// Called when a request waits for space: what was discarded becomes free only by a commit,
+    /// which nobody else may ever ask for.
+    pub fn hurry(&self) {
+        self.work.notify_one();
     }
 
     /// Starts the thread that writes images, releases what was dropped and gives space back. Until
@@ -121,6 +141,10 @@ impl Pool {
                 }
                 self.work.wait_for(&mut is_closing, IDLE).timed_out()
             };
+            if self.space.is_waited_for() {
+                // Whoever waits finds out by planning again; a poisoned pool refuses that.
+                drop(self.flush());
+            }
             // A failed image is tried again when the journal is full, where the error is told.
             drop(self.write_frozen_image());
             while self.reap(REAP_STEPS) {}

@@ -38,6 +38,18 @@ struct Free {
     disk_reserve: u32,
 }
 
+impl Free {
+    /// Clusters that `purpose` may take.
+    fn usable(&self, purpose: Purpose) -> u32 {
+        let kept = match purpose {
+            Purpose::Data => self.image_reserve.saturating_add(self.disk_reserve),
+            Purpose::ReservedData => self.image_reserve,
+            Purpose::Image => 0,
+        };
+        (self.written.len() + self.clean.len()).saturating_sub(kept)
+    }
+}
+
 /// The clusters of a pool.
 #[derive(Debug)]
 pub struct Space {
@@ -82,13 +94,7 @@ impl Space {
     /// [`PoolError::NoSpace`].
     pub fn take(&self, most: u32, purpose: Purpose) -> Result<Range<u32>, PoolError> {
         let mut free = self.free.lock();
-        let all = free.written.len() + free.clean.len();
-        let kept = match purpose {
-            Purpose::Data => free.image_reserve.saturating_add(free.disk_reserve),
-            Purpose::ReservedData => free.image_reserve,
-            Purpose::Image => 0,
-        };
-        let usable = all.saturating_sub(kept);
+        let usable = free.usable(purpose);
         // A pool that is nearly full has nothing to set aside.
         let most = most.min((usable / 64).max(1));
         if usable == 0 {
@@ -192,9 +198,19 @@ impl Space {
         }
     }
 
-    /// `waker` is woken when clusters become free.
-    pub fn wait_for_space(&self, waker: &Waker) {
+    /// `waker` is woken when clusters become free that `purpose` may take, at once if some are.
+    pub fn wait_for_space(&self, purpose: Purpose, waker: &Waker) {
         self.waiting.lock().push(waker.clone());
+        // Some may have become free between the refusal and now: nobody would wake it for those.
+        if self.free.lock().usable(purpose) > 0 {
+            self.wake();
+        }
+    }
+
+    /// Somebody waits for clusters to become free.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        !self.waiting.lock().is_empty()
     }
 
     fn wake(&self) {

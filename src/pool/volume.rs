@@ -243,6 +243,16 @@ impl Map {
         self.dirty_leaves.len() * 64 + self.unmaps.len()
     }
 
+    /// Whose space its next cluster comes from.
+    #[must_use]
+    pub fn purpose(&self) -> Purpose {
+        if self.reserve_left > 0 {
+            Purpose::ReservedData
+        } else {
+            Purpose::Data
+        }
+    }
+
     /// Takes what changed since the last time as records, about `most` at most; the references
     /// dropped by them come along with the last. `true` if nothing is left. Built from the entries
     /// as they are now: an `alloc` bit is there only if its data write has completed (R1, I2).
@@ -255,9 +265,10 @@ impl Map {
     ) -> bool {
         let id = self.id;
         // Unmaps first: an entry set after an unmap is dirty, and its record says what it is now.
+        let now = self.unmaps.len().min(most.saturating_sub(records.len()));
         records.extend(
             self.unmaps
-                .drain(..)
+                .drain(..now)
                 .map(|(first, count, is_zeroed)| Record::Unmap {
                     disk: id,
                     first,
@@ -265,6 +276,9 @@ impl Map {
                     is_zeroed,
                 }),
         );
+        if !self.unmaps.is_empty() {
+            return false;
+        }
         while records.len() < most {
             let Some(number) = self.dirty_leaves.pop() else {
                 drops.append(&mut self.drops);
