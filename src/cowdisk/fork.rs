@@ -4,11 +4,11 @@
 
 use super::error::DiskError;
 use super::manage::check_unused;
-use crate::format::catalogue::{Row, RowKind, check_name};
-use crate::format::journal::Record;
-use crate::format::units::Generation;
+use crate::format::catalogue::{NAME_LEN_MAX, Row, RowKind, check_name};
+use crate::format::journal::{ROW_LEN_MAX, Record, SLOT_LEN, slots_of};
+use crate::format::units::{DiskId, Generation, bytes_of, len_of};
 use crate::pool::catalogue::Item;
-use crate::pool::commit::Transaction;
+use crate::pool::commit::{SMALL_CHANGE_LEN_MAX, Transaction};
 use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError};
 use crate::storage::unix_seconds;
@@ -24,10 +24,27 @@ const FORKS_PER_BATCH: usize = 256;
 /// # Errors
 /// No such source, a name that is taken or impossible, or as [`Pool::flush`].
 pub fn fork(pool: &Arc<Pool>, source: &str, targets: &[String]) -> Result<(), DiskError> {
-    for part in targets.chunks(FORKS_PER_BATCH) {
+    let row = pool.find(source)?.row;
+    for part in targets.chunks(forks_per_batch(&row)) {
         copy_to_new(pool, source, part, RowKind::Disk)?;
     }
     Ok(())
+}
+
+/// Forks of the disk `row` whose records surely fit one batch.
+fn forks_per_batch(row: &Row) -> usize {
+    let longest = Row {
+        name: "n".repeat(NAME_LEN_MAX),
+        parent: Some(DiskId(u32::MAX)),
+        id: DiskId(u32::MAX),
+        created: u64::MAX,
+        birth_generation: Generation(u32::MAX),
+        ..row.clone()
+    };
+    // A name may be too long for a row that has a long path: then the fork says so.
+    let slots = slots_of(&Record::Row(Box::new(longest))).unwrap_or(ROW_LEN_MAX / SLOT_LEN + 1);
+    let len = bytes_of((slots + 1) * SLOT_LEN);
+    len_of(SMALL_CHANGE_LEN_MAX / len).clamp(1, FORKS_PER_BATCH)
 }
 
 /// Keeps the state that the disk `source` has now as the read-only snapshot `SOURCE@SNAPSHOT`.
@@ -58,9 +75,7 @@ fn copy_to_new(
         let origin = same_item(pool, source, &origin)?;
         pool.with_catalogue(|all| names.iter().try_for_each(|name| all.check_free(name)))?;
         check_distinct(names)?;
-        let generation = transaction.end_generation()?;
-        transaction.collect(&mut origin.volume.map.write())?;
-        origin.volume.map.write().last_fork = generation;
+        let mut rows = Vec::new();
         for name in names {
             let row = Row {
                 id: transaction.new_id()?,
@@ -68,12 +83,21 @@ fn copy_to_new(
                 kind,
                 parent: Some(origin.row.id),
                 created,
-                birth_generation: generation,
+                birth_generation: pool.generation(),
                 limit: None,
                 reserve: None,
                 is_ephemeral: origin.row.is_ephemeral && kind == RowKind::Disk,
                 ..origin.row.clone()
             };
+            transaction.check_row(&row)?;
+            rows.push(row);
+        }
+        // From here on nothing fails: a generation that the journal does not know of would, after
+        // the next opening, be given out again to entries that are shared by then.
+        let generation = transaction.end_generation()?;
+        transaction.collect(&mut origin.volume.map.write())?;
+        origin.volume.map.write().last_fork = generation;
+        for row in rows {
             add_fork(transaction, &origin.volume, row, generation)?;
         }
         Ok(())
@@ -146,6 +170,10 @@ pub fn commit(pool: &Arc<Pool>, child: &str) -> Result<(), DiskError> {
         return Err(PoolError::invalid(what).into());
     }
     replace_by(pool, child, &parent.name, |child, parent| {
+        if child.row.parent != Some(parent.row.id) {
+            let name = child.row.name.clone();
+            return Err(PoolError::InUse { name });
+        }
         if parent.volume.map.read().changed > child.row.birth_generation {
             return Err(PoolError::invalid(format!(
                 "`{}` has changed since `{}` was forked from it; what it holds now would be lost. \
@@ -171,16 +199,17 @@ fn replace_by(
         let to = same_item(pool, target, &to)?;
         check_unused(&to)?;
         check(&from, &to)?;
-        let generation = transaction.end_generation()?;
-        transaction.collect(&mut from.volume.map.write())?;
-        transaction.collect(&mut to.volume.map.write())?;
         let row = Row {
             size: from.row.size,
             base: from.row.base.clone(),
             base_len: from.row.base_len,
-            birth_generation: generation,
+            birth_generation: pool.generation(),
             ..to.row.clone()
         };
+        transaction.check_row(&row)?;
+        let generation = transaction.end_generation()?;
+        transaction.collect(&mut from.volume.map.write())?;
+        transaction.collect(&mut to.volume.map.write())?;
         transaction.record(&Record::Row(Box::new(row.clone())))?;
         let (from_id, to_id) = (from.row.id, to.row.id);
         transaction.record(&Record::Fork {
@@ -222,7 +251,7 @@ fn replace_by(
 }
 
 /// The item `name` as it is now, if it is still the one that was drained.
-fn same_item(pool: &Pool, name: &str, drained: &Item) -> Result<Item, PoolError> {
+pub(super) fn same_item(pool: &Pool, name: &str, drained: &Item) -> Result<Item, PoolError> {
     let item = pool.find(name)?;
     if item.row.id != drained.row.id {
         return Err(PoolError::InUse {

@@ -3,9 +3,10 @@
 use super::base::Base;
 use super::disk::Disk;
 use super::error::DiskError;
+use super::fork::same_item;
 use crate::format::catalogue::{BaseFormat, Row, RowKind, check_name};
-use crate::format::journal::Record;
-use crate::format::units::{Generation, Lcn, SECTOR};
+use crate::format::journal::{Record, SLOT_LEN, slots_of};
+use crate::format::units::{Generation, Lcn, SECTOR, bytes_of};
 use crate::pool::catalogue::Item;
 use crate::pool::commit::Transaction;
 use crate::pool::map::Tree;
@@ -85,6 +86,7 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
             reserve: new.reserve,
             is_ephemeral: new.is_ephemeral,
         };
+        transaction.check_row(&row)?;
         let (tree, none) = (Tree::default(), Generation(0));
         let volume = Arc::new(Volume::new(&row, tree, none, none, pool.cluster_size()));
         volume
@@ -142,7 +144,8 @@ pub fn remove(pool: &Arc<Pool>, name: &str, is_cascading: bool) -> Result<(), Di
     let mut items = vec![pool.find(name)?];
     items.extend(pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect::<Vec<_>>()));
     let drained: Vec<_> = items.iter().map(|item| Arc::clone(&item.volume)).collect();
-    pool.transact(&drained, |transaction| {
+    let len = bytes_of(items.len() * SLOT_LEN);
+    pool.transact_large(&drained, len, |transaction| {
         let snapshots: Vec<Item> =
             pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect());
         let first = pool.find(name)?;
@@ -196,35 +199,45 @@ pub fn rename(pool: &Arc<Pool>, name: &str, new_name: &str) -> Result<(), DiskEr
         let what = format!("`{name}` is a snapshot; it stays with its disk: name it DISK@NEW");
         return Err(PoolError::invalid(what).into());
     }
-    pool.transact(&[], |transaction| {
-        let item = pool.find(name)?;
+    // Counted before, and once more with the lead: a snapshot may come in between.
+    let promised = rows_len(&renamed(pool, name, new_name)?)?;
+    pool.transact_large(&[], promised, |transaction| {
         pool.with_catalogue(|all| all.check_free(new_name))?;
-        let mut items = vec![(item, new_name.to_owned())];
-        let snapshots: Vec<Item> =
-            pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect());
-        items.extend(snapshots.into_iter().map(|item| {
-            let snapshot = item
-                .row
-                .name
-                .split('@')
-                .nth(1)
-                .unwrap_or_default()
-                .to_owned();
-            (item, format!("{new_name}@{snapshot}"))
-        }));
-        for (item, name) in items {
-            put_row(
-                transaction,
-                &item,
-                Row {
-                    name,
-                    ..item.row.clone()
-                },
-            )?;
+        let renamed = renamed(pool, name, new_name)?;
+        if rows_len(&renamed)? > promised {
+            let name = name.to_owned();
+            return Err(PoolError::InUse { name });
         }
-        Ok(())
+        renamed
+            .into_iter()
+            .try_for_each(|(item, row)| put_row(transaction, &item, row))
     })?;
     Ok(())
+}
+
+/// A disk and its snapshots, with the rows they have under a new name.
+fn renamed(pool: &Pool, name: &str, new_name: &str) -> Result<Vec<(Item, Row)>, PoolError> {
+    let mut items = vec![pool.find(name)?];
+    pool.with_catalogue(|all| items.extend(all.snapshots_of(name).cloned()));
+    let rows = items.into_iter().map(|item| {
+        let rest = item.row.name.strip_prefix(name).unwrap_or_default();
+        let name = format!("{new_name}{rest}");
+        let row = Row {
+            name,
+            ..item.row.clone()
+        };
+        (item, row)
+    });
+    Ok(rows.collect())
+}
+
+/// Bytes of records that rows take.
+fn rows_len(rows: &[(Item, Row)]) -> Result<u64, PoolError> {
+    let slots = rows
+        .iter()
+        .map(|(_, row)| slots_of(&Record::Row(Box::new(row.clone()))));
+    let slots: usize = slots.sum::<Result<_, _>>()?;
+    Ok(bytes_of(slots * SLOT_LEN))
 }
 
 fn put_row(transaction: &mut Transaction<'_>, item: &Item, row: Row) -> Result<(), PoolError> {
@@ -248,7 +261,7 @@ pub fn resize(pool: &Arc<Pool>, name: &str, size: u64, may_shrink: bool) -> Resu
         zero_cut_block(pool, &item, size)?;
     }
     pool.transact(&[Arc::clone(&item.volume)], |transaction| {
-        let item = pool.find(name)?;
+        let item = same_item(pool, name, &item)?;
         let old = item.row.size;
         if size < old {
             if !may_shrink {
@@ -264,6 +277,7 @@ pub fn resize(pool: &Arc<Pool>, name: &str, size: u64, may_shrink: bool) -> Resu
             base_len,
             ..item.row.clone()
         };
+        transaction.check_row(&row)?;
         let mut map = item.volume.map.write();
         if size < old {
             cut_off(pool, &mut map, size);
@@ -352,13 +366,14 @@ pub struct Settings {
 pub fn set(pool: &Arc<Pool>, name: &str, settings: &Settings) -> Result<(), DiskError> {
     let item = writable(pool, name)?;
     pool.transact(&[Arc::clone(&item.volume)], |transaction| {
-        let item = pool.find(name)?;
+        let item = same_item(pool, name, &item)?;
         let row = Row {
             limit: settings.limit.unwrap_or(item.row.limit),
             reserve: settings.reserve.unwrap_or(item.row.reserve),
             is_ephemeral: settings.is_ephemeral.unwrap_or(item.row.is_ephemeral),
             ..item.row.clone()
         };
+        transaction.check_row(&row)?;
         let mut map = item.volume.map.write();
         check_reserve(pool, settings.reserve.flatten(), map.reserve_left)?;
         map.apply_quota(&row, pool.cluster_size(), &pool.space);

@@ -8,10 +8,12 @@
 
 use super::Pool;
 use super::error::PoolError;
+use super::gate::ClosedGates;
 use super::image::{Frozen, FrozenDisk};
 use super::journal::{BATCH_LEN_MAX, Journal, records_per_batch};
 use super::map::Dropped;
 use super::volume::{Map, Volume};
+use crate::format::catalogue::Row;
 use crate::format::journal::{BatchWriter, Record};
 use crate::format::units::{DiskId, Generation};
 use crate::sync::atomic::Ordering;
@@ -19,6 +21,9 @@ use crate::sync::{Arc, Condvar, Mutex, MutexGuard, RwLockWriteGuard};
 
 /// Room a leader makes sure of: a full batch, and as much again for its tail.
 const ROOM: u64 = 2 * BATCH_LEN_MAX;
+/// Bytes of records a structural change may add of its own, unless it says so: what is left of
+/// [`ROOM`] after a full batch (with one leaf more) and the records of drained disks.
+pub const SMALL_CHANGE_LEN_MAX: u64 = 96 << 10;
 /// Records a drained disk may add to a batch that is full already.
 const TAIL_RECORDS_MAX: usize = 4096;
 /// Times a structural change waits for a disk to have few changes before it gives up.
@@ -105,6 +110,15 @@ impl Transaction<'_> {
         Ok(self.batch.push(record)?)
     }
 
+    /// `Err` if `row` cannot be recorded: asked before anything is changed.
+    ///
+    /// # Errors
+    /// A catalogue row that is too long.
+    pub fn check_row(&self, row: &Row) -> Result<(), PoolError> {
+        row.to_json()?;
+        Ok(())
+    }
+
     /// Adds what changed in a drained disk, so that the map in memory and the one the journal
     /// gives are the same from here on.
     ///
@@ -165,7 +179,7 @@ impl Pool {
         }
         let mine = self.commits.state.lock().begun + 1;
         loop {
-            let Some(mut leader) = self.lead(mine)? else {
+            let Some(mut leader) = self.lead(mine, ROOM)? else {
                 return self.check_poison();
             };
             let mut is_done = false;
@@ -186,18 +200,41 @@ impl Pool {
     /// Runs `change` alone, with every request of `drained` over and no new one begun (R7), and
     /// makes what it records durable as one atom, together with what changed before.
     ///
-    /// `change` checks first and fails before it changes anything.
+    /// `change` checks first and fails before it changes anything. Besides the changes of `drained`
+    /// it records [`SMALL_CHANGE_LEN_MAX`] bytes at most.
     ///
     /// # Errors
     /// What `change` says, or as [`Pool::flush`].
     pub fn transact<T>(
         &self,
         drained: &[Arc<Volume>],
+        change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        self.transact_large(drained, SMALL_CHANGE_LEN_MAX, change)
+    }
+
+    /// As [`Pool::transact`], for a change that records up to `len` bytes of its own.
+    ///
+    /// # Errors
+    /// As [`Pool::transact`]; so long a change does not fit the journal.
+    pub fn transact_large<T>(
+        &self,
+        drained: &[Arc<Volume>],
+        len: u64,
         mut change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
     ) -> Result<T, PoolError> {
         self.check_writable()?;
+        let room = (ROOM - SMALL_CHANGE_LEN_MAX).saturating_add(len);
+        let half_len = self.superblock.lock().journal_half_len;
+        if room > half_len {
+            return Err(PoolError::invalid(format!(
+                "this change has {len} bytes of records, and this pool's journal takes {} at \
+                 once: do it in parts",
+                half_len - (ROOM - SMALL_CHANGE_LEN_MAX)
+            )));
+        }
         for _ in 0..DRAIN_TRIES_MAX {
-            let mut leader = self.lead_alone()?;
+            let mut leader = self.lead_alone(room)?;
             let gates = ClosedGates::close(drained);
             let pending: usize = drained
                 .iter()
@@ -226,9 +263,9 @@ impl Pool {
         })
     }
 
-    /// Takes the lead, with room for a batch; `None` once a round that began at or after `mine`
+    /// Takes the lead, with `room` bytes for a batch; `None` once a round that began at or after `mine`
     /// has finished.
-    fn lead(&self, mine: u64) -> Result<Option<Leader<'_>>, PoolError> {
+    fn lead(&self, mine: u64, room: u64) -> Result<Option<Leader<'_>>, PoolError> {
         let mut state = self.commits.state.lock();
         loop {
             self.check_poison()?;
@@ -244,16 +281,12 @@ impl Pool {
                 commits: &self.commits,
                 journal: Some(journal),
             };
-            if leader.journal().room() >= ROOM || leader.journal().switch() {
+            if leader.journal().room() >= room || leader.journal().switch() {
                 return Ok(Some(leader));
             }
-            let is_being_written = matches!(state.frozen, FrozenState::BeingWritten);
             drop(state);
-            if !is_being_written {
-                self.write_image_now(leader.journal())?;
-                if leader.journal().switch() {
-                    return Ok(Some(leader));
-                }
+            if self.write_image_now(leader.journal())? && leader.journal().switch() {
+                return Ok(Some(leader));
             }
             drop(leader);
             state = self.commits.state.lock();
@@ -263,8 +296,8 @@ impl Pool {
         }
     }
 
-    fn lead_alone(&self) -> Result<Leader<'_>, PoolError> {
-        let leader = self.lead(u64::MAX)?;
+    fn lead_alone(&self, room: u64) -> Result<Leader<'_>, PoolError> {
+        let leader = self.lead(u64::MAX, room)?;
         Ok(leader.expect("no round has the largest number"))
     }
 
@@ -373,9 +406,16 @@ impl Pool {
         }
     }
 
-    /// The journal is full: write an image of the forest before anything else.
-    fn write_image_now(&self, journal: &mut Journal) -> Result<(), PoolError> {
-        let old = std::mem::replace(&mut self.commits.state.lock().frozen, FrozenState::None);
+    /// The journal is full: write an image of the forest before anything else. `false` if one is
+    /// being written already: two would race, and the older one come into force last.
+    fn write_image_now(&self, journal: &mut Journal) -> Result<bool, PoolError> {
+        let old = {
+            let mut state = self.commits.state.lock();
+            match std::mem::replace(&mut state.frozen, FrozenState::BeingWritten) {
+                FrozenState::BeingWritten => return Ok(false),
+                old @ (FrozenState::None | FrozenState::Waiting(_)) => old,
+            }
+        };
         if let FrozenState::Waiting(frozen) = old {
             self.retire(frozen.into_dropped());
         }
@@ -384,7 +424,8 @@ impl Pool {
             .write_image(&frozen)
             .and_then(|written| self.adopt(written, journal));
         self.retire(frozen.into_dropped());
-        result
+        self.commits.state.lock().frozen = FrozenState::None;
+        result.map(|()| true)
     }
 
     /// Writes the image of a forest frozen by an earlier commit, if there is one. Requests and
@@ -441,24 +482,27 @@ impl Pool {
     }
 }
 
-/// Gates of drained disks, opened when dropped.
-struct ClosedGates<'a> {
-    volumes: &'a [Arc<Volume>],
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{CreateOptions, OpenOptions, open};
+    use crate::storage::{SimStorage, Storage};
 
-impl<'a> ClosedGates<'a> {
-    fn close(volumes: &'a [Arc<Volume>]) -> Self {
-        for volume in volumes {
-            volume.gate.close();
-        }
-        Self { volumes }
-    }
-}
-
-impl Drop for ClosedGates<'_> {
-    fn drop(&mut self) {
-        for volume in self.volumes {
-            volume.gate.open();
-        }
+    /// The older of two images that were written at once came into force last, and replay then
+    /// missed the batches between them, which were overwritten by then.
+    #[test]
+    fn no_image_is_begun_while_another_is_being_written() {
+        let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(16 << 20));
+        open::create(&*storage, &CreateOptions::new(16 << 20)).expect("an empty pool");
+        let pool = Pool::open(storage, &OpenOptions::default()).expect("opens");
+        pool.commits.state.lock().frozen = FrozenState::BeingWritten;
+        let mut leader = pool.lead_alone(ROOM).expect("nobody leads");
+        let image = pool.write_image_now(leader.journal());
+        assert_eq!(image.map_err(|e| e.to_string()), Ok(false));
+        assert!(pool.superblock().image.is_none());
+        pool.commits.state.lock().frozen = FrozenState::None;
+        let image = pool.write_image_now(leader.journal());
+        assert_eq!(image.map_err(|e| e.to_string()), Ok(true));
+        assert!(pool.superblock().image.is_some());
     }
 }

@@ -2,6 +2,8 @@
 //! deleted (R7). [`Epochs`] tell when everything that began before some moment is over, so that a
 //! cluster dropped at that moment can be given to somebody else (R6).
 
+use super::volume::Volume;
+use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex};
 use std::task::Waker;
@@ -79,6 +81,28 @@ impl Gate {
     }
 }
 
+/// Gates of drained disks, opened when dropped.
+pub(super) struct ClosedGates<'a> {
+    volumes: &'a [Arc<Volume>],
+}
+
+impl<'a> ClosedGates<'a> {
+    pub(super) fn close(volumes: &'a [Arc<Volume>]) -> Self {
+        for volume in volumes {
+            volume.gate.close();
+        }
+        Self { volumes }
+    }
+}
+
+impl Drop for ClosedGates<'_> {
+    fn drop(&mut self) {
+        for volume in self.volumes {
+            volume.gate.open();
+        }
+    }
+}
+
 /// Epoch-based waiting over all requests of a pool. Requests of two epochs can be in flight.
 #[derive(Debug, Default)]
 pub struct Epochs {
@@ -139,7 +163,7 @@ fn slot(epoch: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::{Arc, spawn_named};
+    use crate::sync::spawn_named;
 
     #[test]
     fn a_closed_gate_waits_for_those_inside_and_turns_others_away() {

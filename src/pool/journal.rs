@@ -111,6 +111,12 @@ impl Journal {
             .first
     }
 
+    /// The last batch the durable image includes; 0 without one.
+    #[must_use]
+    pub fn image_seq(&self) -> u64 {
+        self.image_seq
+    }
+
     /// The image of batch `seq` is durable, and the superblock names it.
     pub fn set_image_seq(&mut self, seq: u64) {
         self.image_seq = seq;

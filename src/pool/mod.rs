@@ -266,24 +266,32 @@ impl Pool {
     }
 
     fn write_image(&self, frozen: &Frozen) -> Result<Written, PoolError> {
+        self.check_writable()?;
         let uuid_low = journal::uuid_low(&self.uuid());
-        let written = image::write(
+        image::write(
             frozen,
             uuid_low,
             self.cluster_size,
             &self.space,
             &*self.storage,
-        )?;
+        )
+    }
+
+    /// Puts a written image in force. THE commit point of an image is its superblock. The caller
+    /// leads: two flushes at once could each get the other's error, and one of them acknowledge
+    /// what was lost.
+    fn adopt(&self, written: Written, journal: &mut Journal) -> Result<(), PoolError> {
+        // An older image than the one in force would need batches that are overwritten already.
+        assert!(
+            written.image.seq >= journal.image_seq(),
+            "images are written one at a time"
+        );
+        self.check_writable()?;
         // The image names data written since the last flush, and itself must be there before the
         // superblock names it.
         self.storage
             .flush()
             .map_err(|e| self.poison("flushing a checkpoint image", e))?;
-        Ok(written)
-    }
-
-    /// Puts a written image in force. THE commit point of an image is its superblock.
-    fn adopt(&self, written: Written, journal: &mut Journal) -> Result<(), PoolError> {
         let mut superblock = self.superblock();
         superblock.image = Some(written.image);
         superblock.start = journal.start_after(written.image.seq);
