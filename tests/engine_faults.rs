@@ -1,0 +1,324 @@
+//! Goal: faults once found by reading the engine as an adversary stay away.
+//!
+//! Method: each test is the shortest history that went wrong, on a simulated disk, through the
+//! sans-I/O face where the order of events matters.
+
+mod common;
+
+use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, fresh, opened, read};
+use std::sync::Arc;
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk};
+use tidepool::storage::sim::Op;
+use tidepool::storage::{SimStorage, Storage};
+
+/// A write over an allocated block and a new one set both bits at completion, and so brought back
+/// what a discard in between had zeroed, around the part that was written.
+#[test]
+fn a_discard_during_a_write_is_not_undone_by_its_completion() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", CLUSTER);
+    d.write_at(&bytes(1, SUB), 0).expect("writes");
+    let new = bytes(2, SUB + SUB / 2);
+    let (pass, mut plan) = begin_write(&d, SUB / 2, &new);
+    common::move_bytes(&d, &plan, &new);
+    d.write_zeroes(0, SUB, true).expect("zeroes");
+    d.complete_write(&mut plan, true);
+    drop(pass);
+    assert_eq!(
+        read(&d, 0, SUB / 2),
+        bytes(0, SUB / 2),
+        "only the zeroes touched these sectors"
+    );
+    assert_eq!(read(&d, SUB, SUB), bytes(2, SUB));
+}
+
+/// A cut while the second copy was written left one good copy; the next opening wrote that one
+/// first, and a second cut there left none.
+#[test]
+fn two_power_cuts_in_a_row_leave_a_superblock() {
+    let storage = empty(POOL_LEN);
+    for first_cut in 0..6 {
+        let once = Arc::new(storage.crash_all_kept());
+        once.cut_power_at(first_cut);
+        drop(common::try_open(&once));
+        for first_seed in 0..8 {
+            for second_cut in 0..6 {
+                let twice = Arc::new(once.crash(first_seed));
+                twice.cut_power_at(second_cut);
+                drop(common::try_open(&twice));
+                for second_seed in 0..8 {
+                    let after = Arc::new(twice.crash(second_seed));
+                    let open = common::try_open(&after);
+                    assert!(
+                        open.is_ok(),
+                        "cuts {first_cut} ({first_seed}) and {second_cut} ({second_seed}): {}",
+                        open.err().map(|e| e.to_string()).unwrap_or_default()
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Each unmap of a whole leaf is a record, whether or not anything was there, and all went into
+/// one batch, which then did not fit the journal.
+#[test]
+fn many_unmaps_between_commits_fit_the_journal() {
+    let (storage, pool) = fresh();
+    let leaf = 64 * CLUSTER;
+    let d = disk(&pool, "d", 80_000 * leaf);
+    d.write_at(&bytes(1, SUB), 0).expect("writes");
+    for n in 0..40_000 {
+        let pass = common::enter(&d);
+        let waker = std::task::Waker::noop();
+        d.plan_discard(&pass, 2 * n * leaf, leaf, waker)
+            .expect("discards");
+    }
+    d.flush().expect("several batches");
+    drop((d, pool));
+    let pool = opened(&Arc::new(storage.crash_all_lost()));
+    let d = Disk::open(&pool, "d").expect("it is there");
+    assert_eq!(read(&d, 0, SUB), bytes(0, SUB));
+}
+
+/// Rows of many forks or snapshots, behind a batch full of other changes, did not fit either.
+#[test]
+fn structural_changes_fit_the_journal_however_many_rows_they_write() {
+    let storage = empty(64 << 20);
+    let pool = opened(&storage);
+    let busy = disk(&pool, "busy", 1 << 30);
+    let fill = |busy: &Disk| {
+        for n in 0..300 {
+            busy.write_at(&bytes(1, SUB), n * 64 * CLUSTER)
+                .expect("writes");
+        }
+        for n in 0..9000 {
+            let pass = common::enter(busy);
+            let waker = std::task::Waker::noop();
+            let at = (n % 1000) * 64 * CLUSTER + CLUSTER * (n / 1000 + 2);
+            busy.plan_zeroes(&pass, at, SUB, true, waker)
+                .expect("zeroes");
+        }
+    };
+    let long = "n".repeat(120);
+    disk(&pool, &long, 1 << 20);
+    fill(&busy);
+    let names: Vec<String> = (0..256).map(|n| format!("{long}{n:08}")).collect();
+    cowdisk::fork(&pool, &long, &names).expect("forks");
+    for n in 0..700 {
+        cowdisk::snapshot(&pool, &long, &format!("{n:0120}")).expect("snapshots");
+    }
+    fill(&busy);
+    cowdisk::rename(&pool, &long, "short").expect("its snapshots follow");
+    fill(&busy);
+    cowdisk::remove(&pool, "short", true).expect("with its snapshots");
+    pool.close().expect("closes");
+    let pool = opened(&storage);
+    assert_eq!(pool.items().len(), 257, "the forks and the busy disk");
+}
+
+/// A fork that failed late had taken a generation that the journal did not know of. After the next
+/// opening entries born in it counted as one disk's own although a fork shared them.
+#[test]
+fn a_fork_that_fails_takes_no_generation() {
+    let (storage, pool) = fresh();
+    let dir = tempfile::tempdir().expect("a directory");
+    let raw = tidepool::format::catalogue::BaseFormat::Raw;
+    let make = |base: &std::path::Path, name: &str| {
+        let new = NewDisk {
+            base: Some((base.to_path_buf(), raw)),
+            ..NewDisk::empty(name, CLUSTER)
+        };
+        cowdisk::create(&pool, &new)
+    };
+    // Control characters take six bytes each in a row: a path is found with which a row just fits.
+    let mut path = dir.path().to_path_buf();
+    for _ in 0..5 {
+        path.push("\u{1}".repeat(240));
+    }
+    let mut base = path.join("base");
+    let mut len = None;
+    for more in 1..240 {
+        std::fs::create_dir_all(base.parent().expect("it has one")).expect("makes");
+        std::fs::write(&base, bytes(7, CLUSTER)).expect("writes");
+        let fits = |n: &usize| make(&base, &"x".repeat(*n)).is_ok();
+        if make(&base, &format!("{more:0128}")).is_err() {
+            len = (1..=128).rev().find(fits);
+            break;
+        }
+        base = path.join("\u{1}".repeat(more)).join("base");
+    }
+    let len = len.expect("a row that just fits");
+    let name = "x".repeat(len);
+    let before = pool.generation();
+    let used = pool.items().len();
+    let names = ["y".to_owned(), "z".repeat(128)];
+    cowdisk::fork(&pool, &name, &names).expect_err("one row is too long");
+    assert_eq!(pool.items().len(), used, "all or nothing");
+    assert_eq!(pool.generation(), before);
+    drop(storage);
+}
+
+/// Requests that overflow 64 bits, or reach over the end, are refused before anything is changed.
+#[test]
+fn what_is_out_of_range_changes_nothing() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", 3 << 20);
+    let end = d.size();
+    let data = bytes(5, 2 << 20);
+    for offset in [u64::MAX - 511, end, end - 512, 1 << 63] {
+        for may_unmap in [false, true] {
+            let e = d
+                .write_zeroes(offset, 1024, may_unmap)
+                .expect_err("out of range");
+            assert_eq!(e.kind(), DiskErrorKind::OutOfRange);
+        }
+        let e = d.discard(offset, 1024).expect_err("out of range");
+        assert_eq!(e.kind(), DiskErrorKind::OutOfRange);
+        let e = d.write_at(&data[..1024], offset).expect_err("out of range");
+        assert_eq!(e.kind(), DiskErrorKind::OutOfRange);
+        let mut buf = vec![0; 1024];
+        let e = d.read_at(&mut buf, offset).expect_err("out of range");
+        assert_eq!(e.kind(), DiskErrorKind::OutOfRange);
+    }
+    d.write_at(&data, end - (1 << 20) - 4096)
+        .expect_err("its end is out of range");
+    d.write_at(&bytes(5, SUB), end - SUB).expect("writes");
+    d.write_zeroes(end - SUB / 2, SUB, true)
+        .expect_err("its end is out of range");
+    assert_eq!(read(&d, 0, end - SUB), bytes(0, end - SUB));
+    assert_eq!(read(&d, end - SUB, SUB), bytes(5, SUB));
+}
+
+/// Space that was discarded, but whose discard nobody had flushed, was "no space".
+#[test]
+fn what_was_discarded_can_be_written_again_without_a_flush() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", 64 << 20);
+    let mut at = 0;
+    while d.write_at(&bytes(1, CLUSTER), at).is_ok() {
+        at += CLUSTER;
+    }
+    assert!(at > 8 << 20, "{at} bytes fit");
+    d.discard(0, 4 << 20).expect("discards");
+    d.write_at(&bytes(2, CLUSTER), at)
+        .expect("there is space again");
+}
+
+/// R10: a poisoned pool still flushed again, for the image that waited.
+#[test]
+fn a_poisoned_pool_sends_nothing_more_to_the_device() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", 8 << 20);
+    // Enough commits that an image is due at the next ones.
+    for n in 0..300 {
+        d.write_at(&bytes(1, SUB), (n % 64) * CLUSTER)
+            .expect("writes");
+        d.write_at(&bytes(1, 512), (n % 16) * SUB).expect("writes");
+        storage.fail(Op::Flush, u64::MAX >> 2, 5);
+        d.discard((n % 64) * CLUSTER, CLUSTER).expect("discards");
+        d.flush().expect("flushes");
+    }
+    for skip in 0..4 {
+        let copy = Arc::new(storage.crash_all_kept());
+        let pool = opened(&copy);
+        let d = Disk::open(&pool, "d").expect("it is there");
+        copy.fail(Op::Flush, skip, 5);
+        let mut failed = None;
+        for n in 0..400 {
+            let written = d.write_at(&bytes(3, SUB), (n % 64) * CLUSTER);
+            if written.and_then(|()| d.flush()).is_err() {
+                failed = Some(copy.counters());
+                break;
+            }
+            d.discard((n % 64) * CLUSTER, CLUSTER).expect("discards");
+        }
+        let failed = failed.expect("the flush failed");
+        d.flush().expect_err("poisoned");
+        d.write_at(&bytes(4, SUB), 0).expect_err("poisoned");
+        d.discard(0, SUB).expect_err("poisoned");
+        if pool.write_frozen_image().is_ok_and(|is_written| is_written) {
+            panic!("an image was put in force");
+        }
+        pool.punch_written(u32::MAX).expect_err("poisoned");
+        pool.trim().expect_err("poisoned");
+        pool.close().expect_err("poisoned");
+        assert_eq!(copy.counters().changes(), failed.changes(), "skip {skip}");
+    }
+}
+
+/// While all free space was being punched, writers were told that there was none.
+#[test]
+fn a_trim_leaves_space_for_writers() {
+    #[derive(Debug)]
+    struct Watched {
+        inner: Arc<SimStorage>,
+        pool: tidepool::sync::Mutex<Option<Arc<tidepool::pool::Pool>>>,
+        least: tidepool::sync::Mutex<u32>,
+    }
+    impl Storage for Watched {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+            self.inner.read_at(buf, offset)
+        }
+        fn write_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
+            self.inner.write_at(buf, offset)
+        }
+        fn write_durable_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
+            self.inner.write_durable_at(buf, offset)
+        }
+        fn flush(&self) -> std::io::Result<()> {
+            self.inner.flush()
+        }
+        fn punch(&self, offset: u64, len: u64) -> std::io::Result<()> {
+            if let Some(pool) = &*self.pool.lock() {
+                let mut least = self.least.lock();
+                let usage = pool.space.usage();
+                *least = (*least).min(usage.clean + usage.written);
+            }
+            self.inner.punch(offset, len)
+        }
+        fn allocate(&self, offset: u64, len: u64) -> std::io::Result<()> {
+            self.inner.allocate(offset, len)
+        }
+        fn len(&self) -> std::io::Result<u64> {
+            self.inner.len()
+        }
+        fn set_len(&self, len: u64) -> std::io::Result<()> {
+            self.inner.set_len(len)
+        }
+        fn allocated(&self) -> std::io::Result<u64> {
+            self.inner.allocated()
+        }
+        // A device that cannot tell what is a hole.
+        fn next_data(&self, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
+            let len = self.inner.len()?;
+            Ok((offset < len).then_some((offset, len)))
+        }
+        fn tier(&self) -> tidepool::storage::Tier {
+            self.inner.tier()
+        }
+        fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+            None
+        }
+    }
+    let storage = Arc::new(Watched {
+        inner: empty(POOL_LEN),
+        pool: tidepool::sync::Mutex::default(),
+        least: tidepool::sync::Mutex::new(u32::MAX),
+    });
+    let options = tidepool::pool::OpenOptions::default();
+    let pool = tidepool::pool::Pool::open(Arc::clone(&storage) as Arc<dyn Storage>, &options)
+        .expect("opens");
+    *storage.pool.lock() = Some(Arc::clone(&pool));
+    let usage = pool.space.usage();
+    pool.trim().expect("trims");
+    *storage.pool.lock() = None;
+    let least = *storage.least.lock();
+    let most_taken = u32::try_from((1 << 20) / CLUSTER).expect("few");
+    assert!(
+        usage.clean - least <= most_taken,
+        "{} of {} were away at once",
+        usage.clean - least,
+        usage.clean
+    );
+}
