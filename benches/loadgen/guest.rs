@@ -176,19 +176,32 @@ impl Device {
         self.queue.completions().has_next()
     }
 
-    /// Sleeps until the backend notifies. A backend may have made the eventfd non-blocking for both
-    /// sides (libvhost-user does), so poll(2) does the waiting.
+    /// Sleeps until the backend notifies.
     ///
     /// # Errors
     /// The backend has gone, or has said nothing for [`SILENCE_MS_MAX`].
     pub(crate) fn sleep(&self) -> Result<(), Box<dyn Error>> {
+        if self.sleep_at_most(SILENCE_MS_MAX)? {
+            Ok(())
+        } else {
+            Err("the backend has completed nothing for 30 s".into())
+        }
+    }
+
+    /// Sleeps until the backend notifies, `ms` milliseconds at most; `false` if it did not. A
+    /// backend may have made the eventfd non-blocking for both sides (libvhost-user does), so
+    /// poll(2) does the waiting.
+    ///
+    /// # Errors
+    /// The call eventfd could not be read.
+    pub(crate) fn sleep_at_most(&self, ms: u16) -> Result<bool, Box<dyn Error>> {
         let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::from(SILENCE_MS_MAX))? == 0 {
-            return Err("the backend has completed nothing for 30 s".into());
+        if poll(&mut fds, PollTimeout::from(ms))? == 0 {
+            return Ok(false);
         }
         match self.call.read() {
-            Ok(_count) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+            Ok(_count) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(true),
             Err(error) => Err(error.into()),
         }
     }

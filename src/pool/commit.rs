@@ -281,11 +281,12 @@ impl Pool {
                 commits: &self.commits,
                 journal: Some(journal),
             };
-            if leader.journal().room() >= room || leader.journal().switch() {
-                return Ok(Some(leader));
-            }
             drop(state);
-            if self.write_image_now(leader.journal())? && leader.journal().switch() {
+            let journal = leader.journal();
+            if journal.room() >= room
+                || self.switch_half(journal)?
+                || (self.write_image_now(journal)? && self.switch_half(journal)?)
+            {
                 return Ok(Some(leader));
             }
             drop(leader);

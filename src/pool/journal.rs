@@ -78,27 +78,38 @@ impl Journal {
         self.half_len - self.used
     }
 
-    /// The active half is more than half full.
+    /// The active half is more than half full, and the image does not cover the other one yet.
     #[must_use]
     pub fn wants_image(&self) -> bool {
-        self.used > self.half_len / 2
+        let first = self.halves[index(self.active)].map_or(0, |half| half.first.seq);
+        self.used > self.half_len / 2 && self.image_seq < first
     }
 
-    /// Goes on in the other half, if the image covers all that is in it.
-    pub fn switch(&mut self) -> bool {
-        let other = 1 - self.active;
-        let is_free = self.halves[index(other)].is_none_or(|half| half.last_seq <= self.image_seq);
-        if is_free {
-            let first = JournalStart {
-                half: other,
-                seq: self.next_seq,
-                prev_crc: self.prev_crc,
-            };
-            self.halves[index(other)] = Some(Half { first, last_seq: 0 });
-            self.active = other;
-            self.used = 0;
-        }
-        is_free
+    /// The image covers all that is in the other half.
+    #[must_use]
+    pub fn can_switch(&self) -> bool {
+        let other = self.halves[index(1 - self.active)];
+        other.is_none_or(|half| half.last_seq <= self.image_seq)
+    }
+
+    /// Where replay must begin before the other half is overwritten, if it would begin there now:
+    /// that the image covers a half does not keep a replay from looking for its first batch.
+    #[must_use]
+    pub fn start_before_switch(&self, start: JournalStart) -> Option<JournalStart> {
+        (start.half != self.active).then(|| self.start_after(self.image_seq))
+    }
+
+    /// Goes on in the other half, whose contents are given up.
+    pub fn switch(&mut self) {
+        let half = 1 - self.active;
+        let first = JournalStart {
+            half,
+            seq: self.next_seq,
+            prev_crc: self.prev_crc,
+        };
+        self.halves[index(half)] = Some(Half { first, last_seq: 0 });
+        self.active = half;
+        self.used = 0;
     }
 
     /// Where replay must begin once an image of batch `image_seq` is in force.
@@ -187,8 +198,7 @@ impl Journal {
         storage: &dyn Storage,
     ) -> Result<Option<(BatchHeader, Vec<Record>)>, PoolError> {
         let (active, used, halves) = (self.active, self.used, self.halves);
-        let switched = self.switch();
-        assert!(switched, "nothing is known of the other half yet");
+        self.switch();
         let found = self.read_here(storage)?;
         if found.is_none() {
             (self.active, self.used, self.halves) = (active, used, halves);
@@ -304,4 +314,69 @@ pub fn uuid_low(uuid: &[u8; 16]) -> u64 {
 #[must_use]
 pub fn records_per_batch() -> usize {
     len_of(BATCH_LEN_MAX) / SLOT_LEN - HEADER_LEN / SLOT_LEN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::units::DiskId;
+    use crate::storage::SimStorage;
+
+    /// Writes one-block batches until the half is full.
+    fn fill(journal: &mut Journal, storage: &SimStorage) {
+        while journal.room() >= BLOCK {
+            let mut batch = BatchWriter::default();
+            let record = Record::Delete { disk: DiskId(1) };
+            batch.push(&record).expect("a short record");
+            journal.write(storage, batch).expect("the store works");
+        }
+    }
+
+    fn pool_with_image(start: JournalStart, image_seq: u64) -> Superblock {
+        let mut superblock = crate::format::superblock::tests::sample();
+        superblock.start = start;
+        superblock.image = superblock
+            .image
+            .map(|image| crate::format::superblock::ImageRef {
+                seq: image_seq,
+                ..image
+            });
+        superblock
+    }
+
+    #[test]
+    fn replay_never_begins_in_a_half_that_is_overwritten() {
+        let storage = SimStorage::new(8 << 20);
+        let first = JournalStart {
+            half: 0,
+            seq: 1,
+            prev_crc: 0,
+        };
+        let mut journal = Journal::new(&pool_with_image(first, 0));
+        fill(&mut journal, &storage);
+        // An image of everything so far comes into force before the half is left.
+        let image_seq = journal.last_seq();
+        let start = journal.start_after(image_seq);
+        journal.set_image_seq(image_seq);
+        assert_eq!((start, journal.start_before_switch(start)), (first, None));
+        journal.switch();
+        fill(&mut journal, &storage);
+        assert!(journal.can_switch(), "the image covers the first half");
+        let start = journal
+            .start_before_switch(start)
+            .expect("replay would begin there");
+        journal.switch();
+        fill(&mut journal, &storage);
+        let mut replay = Journal::new(&pool_with_image(start, image_seq));
+        replay.set_open_epoch(journal.open_epoch);
+        let mut found = 0;
+        while replay
+            .replay_next(&storage)
+            .expect("nothing is missing")
+            .is_some()
+        {
+            found += 1;
+        }
+        assert_eq!(found, journal.last_seq() - image_seq);
+    }
 }

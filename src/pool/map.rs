@@ -203,10 +203,7 @@ mod tests {
 
     fn set(tree: &mut Tree, counts: &Counts, lcn: u32, own: u32) {
         let (leaf, place) = leaf_of(Lcn(lcn));
-        let old = std::mem::replace(
-            &mut tree.leaf_mut(leaf, counts).entries[place],
-            entry(own),
-        );
+        let old = std::mem::replace(&mut tree.leaf_mut(leaf, counts).entries[place], entry(own));
         counts.retain(own);
         if old.own != 0 {
             counts.release(old.own);

@@ -305,6 +305,20 @@ impl Pool {
         Ok(())
     }
 
+    /// Goes on in the other half of the journal, if the image covers what is there.
+    fn switch_half(&self, journal: &mut Journal) -> Result<bool, PoolError> {
+        if !journal.can_switch() {
+            return Ok(false);
+        }
+        let mut superblock = self.superblock();
+        if let Some(start) = journal.start_before_switch(superblock.start) {
+            superblock.start = start;
+            self.write_superblock(superblock)?;
+        }
+        journal.switch();
+        Ok(true)
+    }
+
     /// Keeps enough clusters for the next image, which may be larger than this one.
     fn keep_image_reserve(&self) {
         let now: u32 = self

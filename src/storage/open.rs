@@ -4,9 +4,10 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::{AlignedBuf, BLOCK, Tier};
-use crate::sys::file as sys;
+use crate::sys::{clock, file as sys};
 
 /// What the opener may do, and so which lock it takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,19 +99,30 @@ pub(super) fn at<'a>(
     }
 }
 
+/// How long a lock may outlive its holder. The kernel closes the files of a killed process's ring
+/// only after the process is gone, and the lock with them: whoever restarts a daemon meets that.
+const ORPHANED_LOCK_MAX: Duration = Duration::from_secs(2);
+/// How long to wait between two looks at a lock that nobody seems to hold.
+const ORPHANED_LOCK_LOOK: Duration = Duration::from_millis(5);
+
 /// Takes the lock that goes with `access`.
 ///
 /// # Errors
 /// [`OpenError::Locked`] if someone holds one that conflicts.
 pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), OpenError> {
     let is_exclusive = access == Access::ReadWrite;
-    if sys::try_lock(file, is_exclusive).map_err(at(path, "lock"))? {
-        return Ok(());
+    let end = clock::now() + ORPHANED_LOCK_MAX;
+    loop {
+        if sys::try_lock(file, is_exclusive).map_err(at(path, "lock"))? {
+            return Ok(());
+        }
+        let pid = sys::lock_holder(file);
+        if pid.is_some() || clock::now() >= end {
+            let path = path.to_owned();
+            return Err(OpenError::Locked { path, pid });
+        }
+        std::thread::sleep(ORPHANED_LOCK_LOOK);
     }
-    Err(OpenError::Locked {
-        path: path.to_owned(),
-        pid: sys::lock_holder(file),
-    })
 }
 
 /// How the file is best driven; sets the file's flags to match.
