@@ -1,0 +1,366 @@
+//! Rude guests and clients: each breaks its own queue or session, and another guest on the same
+//! workers never notices.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use crate::client::{Desc, INDIRECT, NEXT, Ram, Random, Vq, WRITE, Wire, feature, req, seed};
+use crate::disk::{self, Kind};
+use crate::guest::{
+    Bench, DATA, GPA, Guest, HEADERS, IN, IOERR, MODERN, OK, OUT, PLAIN, RAM, Style,
+};
+
+const SIZE: u64 = 4 << 20;
+
+/// What is done to a session.
+type Attack = fn(&mut Wire);
+
+/// Runs `attack` on a fresh guest and checks that its queue was given up, that draining it still
+/// answers, and that another guest is served as before.
+fn breaks(what: &str, attack: impl FnOnce(&mut Guest)) {
+    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let other = bench.dir.path().join("other.sock");
+    let disk = disk::make(bench.dir.path(), "other", SIZE, Kind::Direct, 0);
+    bench.server.add(disk, &other, 4).expect("served");
+    let mut bystander = Guest::boot(
+        &other,
+        Style {
+            queues: 4,
+            ..MODERN
+        },
+    );
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    let error = guest.watch_errors(0);
+    attack(&mut guest);
+    let mut fds = [nix::poll::PollFd::new(
+        error.as_fd(),
+        nix::poll::PollFlags::POLLIN,
+    )];
+    assert_eq!(
+        nix::poll::poll(&mut fds, 20_000_u16),
+        Ok(1),
+        "{what}: no report of a broken ring"
+    );
+    // Given up for good: a proper request is not taken either.
+    guest.put(0, 60, IN, 0, &[(DATA, 512, WRITE)]);
+    for q in 0..4 {
+        assert_eq!(bystander.write(q, 8, &[9; 4096]), OK, "{what}");
+        assert_eq!(bystander.read(q, 8, 4096), [9; 4096], "{what}");
+    }
+    assert!(guest.wire.stop(0).is_some(), "{what}: draining answers");
+    let stats = bench.server.stats();
+    let broken = |name| {
+        stats
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, s)| s.broken_queues)
+    };
+    assert_eq!(broken("disk"), Some(1), "{what}");
+    assert_eq!(broken("other"), Some(0), "{what}");
+    // A client that starts afresh is served.
+    drop(guest);
+    let mut again = Guest::boot(&bench.socket, MODERN);
+    assert_eq!(again.read(0, 0, 512), [1; 512], "{what}");
+}
+
+/// Makes `head` available as it is.
+fn offer(guest: &mut Guest, head: u16) {
+    let before = guest.queues[0].avail;
+    guest.queues[0].push(&guest.ram, head);
+    guest.queues[0].show(&guest.ram, before);
+}
+
+fn header(guest: &Guest) -> (u64, u32, u16) {
+    guest.ram.write(HEADERS, &[0; 16]);
+    (HEADERS, 16, 0)
+}
+
+#[test]
+fn a_descriptor_loop() {
+    breaks("loop of two", |guest| {
+        guest.queues[0].set_desc(&guest.ram, 0, Desc(DATA, 16, NEXT, 1));
+        guest.queues[0].set_desc(&guest.ram, 1, Desc(DATA, 16, NEXT, 0));
+        offer(guest, 0);
+    });
+    breaks("loop on itself", |guest| {
+        guest.queues[0].set_desc(&guest.ram, 5, Desc(DATA, 16, NEXT, 5));
+        offer(guest, 5);
+    });
+}
+
+#[test]
+fn descriptors_outside_the_table() {
+    breaks("head", |guest| offer(guest, 128));
+    breaks("head 65535", |guest| offer(guest, u16::MAX));
+    breaks("next", |guest| {
+        guest.queues[0].set_desc(&guest.ram, 0, Desc(DATA, 16, NEXT, 128));
+        offer(guest, 0);
+    });
+}
+
+#[test]
+fn buffers_outside_memory() {
+    let end = GPA + RAM as u64;
+    for (addr, len) in [
+        (0, 512),
+        (end, 512),
+        (end - 511, 512),
+        (u64::MAX, 512),
+        (u64::MAX - 511, 512),
+        (DATA, u32::MAX),
+        (GPA - 1, 512),
+    ] {
+        breaks("buffer", |guest| {
+            let header = header(guest);
+            let chain = [header, (addr, len, WRITE), (HEADERS + 16, 1, WRITE)];
+            guest.queues[0].submit(&guest.ram, 0, &chain);
+        });
+    }
+}
+
+#[test]
+fn chains_that_are_no_request() {
+    breaks("zero-length buffer", |guest| {
+        let chain = [header(guest), (DATA, 0, WRITE), (HEADERS + 16, 1, WRITE)];
+        guest.queues[0].submit(&guest.ram, 0, &chain);
+    });
+    breaks("nothing but zero length", |guest| {
+        guest.queues[0].submit(&guest.ram, 0, &[(DATA, 0, 0)]);
+    });
+    breaks("no status", |guest| {
+        let chain = [header(guest), (DATA, 512, 0)];
+        guest.queues[0].submit(&guest.ram, 0, &chain);
+    });
+    breaks("short header", |guest| {
+        guest.queues[0].submit(&guest.ram, 0, &[(DATA, 15, 0), (HEADERS + 16, 1, WRITE)]);
+    });
+    breaks("no header", |guest| {
+        guest.queues[0].submit(&guest.ram, 0, &[(DATA, 512, WRITE)]);
+    });
+    breaks("readable after writable", |guest| {
+        let chain = [
+            header(guest),
+            (DATA, 512, WRITE),
+            (DATA, 512, 0),
+            (HEADERS, 1, WRITE),
+        ];
+        guest.queues[0].submit(&guest.ram, 0, &chain);
+    });
+}
+
+#[test]
+fn indirect_tables_of_every_bad_shape() {
+    let table = |len: u32, flags: u16, addr: u64| {
+        move |guest: &mut Guest| {
+            guest.queues[0].set_desc(&guest.ram, 0, Desc(addr, len, INDIRECT | flags, 1));
+            offer(guest, 0);
+        }
+    };
+    breaks("empty", table(0, 0, DATA));
+    breaks("not a multiple of 16", table(24, 0, DATA));
+    breaks("huge", table(1025 * 16, 0, DATA));
+    breaks("4 GiB", table(u32::MAX - 15, 0, DATA));
+    breaks("chained", table(32, NEXT, DATA));
+    breaks("outside memory", table(32, 0, GPA - 16));
+    breaks("nested", |guest| {
+        guest.ram.write(DATA, &Desc(DATA, 16, INDIRECT, 0).bytes());
+        table(16, 0, DATA)(guest);
+    });
+    breaks("loop inside", |guest| {
+        guest.ram.write(DATA, &Desc(DATA, 16, NEXT, 1).bytes());
+        guest.ram.write(DATA + 16, &Desc(DATA, 16, NEXT, 0).bytes());
+        table(32, 0, DATA)(guest);
+    });
+    breaks("next outside", |guest| {
+        guest.ram.write(DATA, &Desc(DATA, 16, NEXT, 2).bytes());
+        table(32, 0, DATA)(guest);
+    });
+}
+
+#[test]
+fn avail_indices_that_jump() {
+    for ahead in [129_u16, 1000, 0x8000, u16::MAX] {
+        breaks("jump", |guest| {
+            let before = guest.queues[0].avail;
+            guest.queues[0].avail = before.wrapping_add(ahead);
+            guest
+                .ram
+                .store_u16(guest.queues[0].avail_at() + 2, guest.queues[0].avail);
+            guest.queues[0].kick.write(1).expect("kick");
+        });
+    }
+}
+
+#[test]
+fn an_indirect_table_that_was_not_negotiated() {
+    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let mut guest = Guest::boot(&bench.socket, PLAIN);
+    let error = guest.watch_errors(0);
+    guest.queues[0].set_desc(&guest.ram, 0, Desc(DATA, 32, INDIRECT, 0));
+    offer(&mut guest, 0);
+    let mut fds = [nix::poll::PollFd::new(
+        error.as_fd(),
+        nix::poll::PollFlags::POLLIN,
+    )];
+    assert_eq!(nix::poll::poll(&mut fds, 20_000_u16), Ok(1));
+}
+
+#[test]
+fn an_indirect_request_is_served_whole_even_with_more_buffers_than_the_ring_has() {
+    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let mut guest = Guest::boot(&bench.socket, Style { size: 16, ..MODERN });
+    let count = 254_u16;
+    let table = DATA + (1 << 20);
+    let mut descs = vec![Desc(HEADERS, 16, NEXT, 1)];
+    for i in 0..count {
+        descs.push(Desc(DATA + u64::from(i) * 512, 512, NEXT | WRITE, i + 2));
+    }
+    descs.push(Desc(HEADERS + 16, 1, WRITE, 0));
+    let bytes: Vec<u8> = descs.iter().flat_map(|desc| desc.bytes()).collect();
+    guest.ram.write(HEADERS, &[0; 16]);
+    guest.ram.write(table, &bytes);
+    guest.queues[0].set_desc(&guest.ram, 3, Desc(table, bytes.len() as u32, INDIRECT, 0));
+    offer(&mut guest, 3);
+    assert_eq!(guest.wait(0), Some((3, u32::from(count) * 512 + 1)));
+    assert_eq!(guest.ram.read(HEADERS + 16, 1), [OK]);
+}
+
+#[test]
+fn garbage_rings_never_take_the_server_down() {
+    let mut random = Random(seed());
+    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let deadline = Duration::from_secs(3);
+    for _ in 0..60 {
+        let mut guest = Guest::boot(
+            &bench.socket,
+            Style {
+                queues: 2,
+                ..MODERN
+            },
+        );
+        // Descriptors that are mostly plausible, at random.
+        for index in 0..128 {
+            let addr = if random.below(8) == 0 {
+                random.next()
+            } else {
+                DATA + random.below(8192)
+            };
+            let len = if random.below(8) == 0 {
+                random.next() as u32
+            } else {
+                random.below(600) as u32
+            };
+            let flags = random.below(8) as u16;
+            let limit = if random.below(8) == 0 { 65536 } else { 128 };
+            let next = random.below(limit) as u16;
+            guest.queues[0].set_desc(&guest.ram, index, Desc(addr, len, flags, next));
+        }
+        let mut noise = vec![0; 16384];
+        random.fill(&mut noise);
+        noise.iter_mut().step_by(4).for_each(|byte| *byte %= 14);
+        guest.ram.write(DATA, &noise);
+        let before = guest.queues[0].avail;
+        for _ in 0..random.below(128) {
+            let head = random.below(130) as u16;
+            guest.queues[0].push(&guest.ram, head);
+        }
+        guest.queues[0].show(&guest.ram, before);
+        guest.queues[0].kick.write(1).expect("kick");
+        // The queue beside it goes on.
+        guest.put(1, 0, IN, 0, &[(DATA + (1 << 20), 512, WRITE)]);
+        assert!(guest.queues[1].wait_used(&guest.ram, deadline).is_some());
+        assert_eq!(guest.status(1, 0), OK);
+        assert!(guest.wire.stop(0).is_some());
+    }
+}
+
+#[test]
+fn requests_beyond_every_limit_are_errors_not_work() {
+    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    // 100 buffers of 2 MiB over the same memory: 200 MiB of data.
+    let bufs = vec![(DATA, 2 << 20, WRITE); 100];
+    assert_eq!(guest.request(0, IN, 0, &bufs), IOERR);
+    let ranges = vec![(0, 8, 0); 65];
+    assert_eq!(guest.ranges(0, 11, &ranges), IOERR);
+    assert_eq!(guest.ranges(0, 13, &[(0, u32::MAX, 0)]), IOERR);
+}
+
+#[test]
+fn sessions_of_nonsense_end_and_the_next_client_is_served() {
+    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let attacks: [(&str, Attack); 9] = [
+        ("unknown request", |wire| {
+            wire.tell(99, &[], &[]);
+        }),
+        ("bytes that are no message", |wire| {
+            drop(wire.stream.write_all(&[0xA5; 64]));
+        }),
+        ("queue out of range", |wire| {
+            wire.vring_state(req::SET_VRING_NUM, 4, 128);
+        }),
+        ("queue size not a power of two", |wire| {
+            wire.vring_state(req::SET_VRING_NUM, 0, 100);
+        }),
+        ("features never offered", |wire| {
+            wire.tell(req::SET_FEATURES, &(1_u64 << 63).to_le_bytes(), &[]);
+        }),
+        ("a kick that is no eventfd", |wire| {
+            let (read, _write) = nix::unistd::pipe().expect("pipe");
+            wire.vring_fd(req::SET_VRING_KICK, 0, read.as_fd());
+        }),
+        ("a region longer than its file", |wire| {
+            let ram = Ram::new(GPA, RAM);
+            ram.file.set_len(4096).expect("truncate");
+            wire.set_mem_table(&[&ram]);
+        }),
+        ("overlapping regions", |wire| {
+            let (a, b) = (Ram::new(GPA, RAM), Ram::new(GPA + 4096, RAM));
+            wire.set_mem_table(&[&a, &b]);
+        }),
+        ("rings outside memory", |wire| {
+            let ram = Ram::new(GPA, RAM);
+            wire.tell(req::SET_FEATURES, &feature::VERSION_1.to_le_bytes(), &[]);
+            wire.set_mem_table(&[&ram]);
+            Vq::new(0, 128, GPA + RAM as u64, false).start(wire, &ram, false);
+        }),
+    ];
+    for (what, attack) in attacks {
+        let mut wire = Wire::connect(&bench.socket);
+        attack(&mut wire);
+        wire.wait_hangup();
+        let mut guest = Guest::boot(&bench.socket, MODERN);
+        assert_eq!(guest.read(0, 0, 512), [0; 512], "after {what}");
+    }
+}
+
+#[test]
+fn a_client_that_stops_in_the_middle_of_a_message_is_cut_off() {
+    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let mut wire = Wire::connect(&bench.socket);
+    wire.stream
+        .write_all(&[1, 0, 0, 0, 1])
+        .expect("five bytes of twelve");
+    wire.wait_hangup();
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    assert_eq!(guest.read(0, 0, 512), [0; 512]);
+}
+
+#[test]
+fn requests_that_the_pool_never_lets_in_do_not_hold_up_the_end() {
+    // Every entry is refused for the length of the test.
+    let bench = Bench::new(Kind::Memory, SIZE, 1);
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    guest.put(0, 0, OUT, 0, &[(DATA, 512, 0)]);
+    assert_eq!(
+        guest.queues[0].wait_used(&guest.ram, Duration::from_millis(100)),
+        None
+    );
+    drop(guest);
+    bench
+        .server
+        .shutdown()
+        .expect("a parked request does not hold the server up");
+}

@@ -1,0 +1,21 @@
+//! Goal: a real vhost-user client gets the right bytes whatever it does, and a rude one harms
+//! nobody but itself. Method: a front end written from the protocol document drives a server in
+//! this process, over real sockets, memfds and eventfds.
+#![expect(
+    unreachable_pub,
+    clippy::cast_possible_truncation,
+    reason = "a test: its names are its documentation, its numbers are small"
+)]
+
+#[path = "vhost_blk/client.rs"]
+mod client;
+#[path = "vhost_blk/data.rs"]
+mod data;
+#[path = "vhost_blk/disk.rs"]
+mod disk;
+#[path = "vhost_blk/guest.rs"]
+mod guest;
+#[path = "vhost_blk/hostile.rs"]
+mod hostile;
+#[path = "vhost_blk/session.rs"]
+mod session;
