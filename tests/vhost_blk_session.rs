@@ -19,3 +19,5 @@ mod guest;
 mod hostile;
 #[path = "vhost_blk/session.rs"]
 mod session;
+#[path = "vhost_blk/stranger.rs"]
+mod stranger;

@@ -5,6 +5,9 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use tidepool::sys::clock;
+use tidepool::vhost_blk::ServerOptions;
+
 use crate::client::{Desc, INDIRECT, NEXT, Ram, Random, Vq, WRITE, Wire, feature, req, seed};
 use crate::disk::{self, Kind};
 use crate::guest::{
@@ -363,4 +366,26 @@ fn requests_that_the_pool_never_lets_in_do_not_hold_up_the_end() {
         .server
         .shutdown()
         .expect("a parked request does not hold the server up");
+}
+
+#[test]
+fn a_full_pool_is_an_error_after_the_timeout_and_not_before() {
+    let limit = Duration::from_millis(400);
+    let options = ServerOptions {
+        no_space_timeout: limit,
+        ..crate::guest::options()
+    };
+    let bench = Bench::with(options, |dir| {
+        disk::make(dir, "disk", SIZE, Kind::Memory, u64::MAX)
+    });
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    let began = clock::now();
+    guest.put(0, 30, OUT, 0, &[(DATA, 512, 0)]);
+    // Reads go on meanwhile.
+    guest.put(0, 0, IN, 0, &[(DATA + 4096, 512, WRITE)]);
+    assert_eq!(guest.wait(0), Some((0, 513)));
+    assert_eq!(guest.wait(0), Some((30, 1)));
+    assert_eq!(guest.status(0, 30), IOERR);
+    assert!(began.elapsed() >= limit);
+    assert!(bench.stats().parked > 0);
 }
