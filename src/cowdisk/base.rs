@@ -8,7 +8,7 @@ use crate::storage::{Access, Caching, FileStorage, Storage};
 use crate::sync::{Arc, Mutex, Weak};
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
-use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
+use imago::{FormatAccess, FormatDriverBuilder, Mapping, PermissiveImplicitOpenGate};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
@@ -166,15 +166,25 @@ impl Base {
         }
     }
 
-    /// Where data may be, at or after `offset`: `(start, end)` in bytes. Only raw bases know holes.
+    /// Where data may be, at or after `offset`: `(start, end)` in bytes.
     ///
     /// # Errors
-    /// What the file system said.
+    /// What the file system or the qcow2 reader said.
     pub fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        match &self.qcow2 {
-            None => self.file.next_data(offset),
-            Some(_) => Ok((offset < self.len).then_some((offset, self.len))),
+        let Some(reader) = &self.qcow2 else {
+            return self.file.next_data(offset);
+        };
+        let reader = reader.0.lock();
+        let mut at = offset;
+        while at < self.len {
+            let (mapping, len) = reader.get_mapping(at, self.len - at)?;
+            if !matches!(mapping, Mapping::Zero { .. }) {
+                return Ok(Some((at, at + len)));
+            }
+            // An empty mapping would be a fault of the reader's, and no reason to go in a ring.
+            at += len.max(SECTOR);
         }
+        Ok(None)
     }
 }
 

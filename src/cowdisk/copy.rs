@@ -28,6 +28,22 @@ pub struct CopyJob {
     base_len: u64,
 }
 
+impl CopyJob {
+    /// The copies in runs that one read and one write can do.
+    fn runs(&self, sub_len: u64) -> impl Iterator<Item = &[(u32, Source)]> {
+        self.copies
+            .chunk_by(move |(sub, source), (next_sub, next)| {
+                let goes_on = match (*source, *next) {
+                    (Source::Pool(at), Source::Pool(next))
+                    | (Source::Base(at), Source::Base(next)) => at + sub_len == next,
+                    (Source::Zero, Source::Zero) => true,
+                    (Source::Pool(_) | Source::Base(_) | Source::Zero, _) => false,
+                };
+                goes_on && sub + 1 == *next_sub
+            })
+    }
+}
+
 impl Disk {
     /// Brings the blocks `mask` of `lcn` into its own cluster.
     pub(super) fn copy_up(&self, map: &mut Map, lcn: Lcn, entry: Entry, mask: u16) -> CopyJob {
@@ -111,23 +127,25 @@ impl Disk {
     fn move_blocks(&self, job: &CopyJob) -> Result<(), DiskError> {
         let size = self.pool().cluster_size();
         let sub_len = size.sub_bytes();
-        let mut block = AlignedBuf::new(len_of(sub_len));
-        for (sub, source) in &job.copies {
-            self.read_block(*source, job.base_len, &mut block)?;
-            let to = size.offset(Cluster(job.after.own)) + u64::from(*sub) * sub_len;
-            let written = self.pool().storage().write_at(&block, to);
+        let mut buf = AlignedBuf::new(size.len());
+        for run in job.runs(sub_len) {
+            let (sub, source) = run[0];
+            let part = &mut buf[..run.len() * len_of(sub_len)];
+            self.read_blocks(source, job.base_len, part)?;
+            let to = size.offset(Cluster(job.after.own)) + u64::from(sub) * sub_len;
+            let written = self.pool().storage().write_at(part, to);
             written.map_err(DiskError::io("copying a block"))?;
         }
         Ok(())
     }
 
-    /// A block, zeros where it lies beyond what the base may give.
-    fn read_block(&self, source: Source, base_len: u64, block: &mut [u8]) -> Result<(), DiskError> {
+    /// Blocks, zeros where they lie beyond what the base may give.
+    fn read_blocks(&self, source: Source, base_len: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         let Source::Base(at) = source else {
-            return self.read_source(source, block);
+            return self.read_source(source, buf);
         };
-        let inside = len_of(base_len.saturating_sub(at)).min(block.len());
-        let (data, zeros) = block.split_at_mut(inside);
+        let inside = len_of(base_len.saturating_sub(at)).min(buf.len());
+        let (data, zeros) = buf.split_at_mut(inside);
         zeros.fill(0);
         self.read_source(source, data)
     }

@@ -56,7 +56,7 @@ impl Wake for Unpark {
     }
 }
 
-fn thread_waker() -> Waker {
+pub(super) fn thread_waker() -> Waker {
     Waker::from(Arc::new(Unpark(std::thread::current())))
 }
 
@@ -162,7 +162,7 @@ impl Disk {
         is_in.then(|| Pass::new(&self.0, shard))
     }
 
-    fn enter_blocking(&self, waker: &Waker) -> Pass {
+    pub(super) fn enter_blocking(&self, waker: &Waker) -> Pass {
         loop {
             if let Some(pass) = self.enter(0, waker) {
                 return pass;
@@ -275,7 +275,7 @@ impl Disk {
     }
 
     /// Without a background thread nobody else commits what piles up.
-    fn relieve(&self) -> Result<(), DiskError> {
+    pub(super) fn relieve(&self) -> Result<(), DiskError> {
         if self.pool().wants_commit() {
             self.pool().flush()?;
         }

@@ -240,7 +240,11 @@ fn rows_len(rows: &[(Item, Row)]) -> Result<u64, PoolError> {
     Ok(bytes_of(slots * SLOT_LEN))
 }
 
-fn put_row(transaction: &mut Transaction<'_>, item: &Item, row: Row) -> Result<(), PoolError> {
+pub(super) fn put_row(
+    transaction: &mut Transaction<'_>,
+    item: &Item,
+    row: Row,
+) -> Result<(), PoolError> {
     transaction.record(&Record::Row(Box::new(row.clone())))?;
     transaction
         .pool
@@ -338,7 +342,7 @@ fn cut_off(pool: &Pool, map: &mut crate::pool::volume::Map, len: u64) {
     }
 }
 
-fn writable(pool: &Pool, name: &str) -> Result<Item, DiskError> {
+pub(super) fn writable(pool: &Pool, name: &str) -> Result<Item, DiskError> {
     let item = pool.find(name)?;
     if item.row.kind == RowKind::Snapshot {
         return Err(DiskError::ReadOnly {

@@ -84,7 +84,7 @@ impl WritePlan {
 }
 
 /// Why planning stopped.
-enum Stop {
+pub(super) enum Stop {
     Step(Step),
     /// The disk's limit in sub-clusters. Its name is looked up when the map is unlocked: the
     /// catalogue comes before maps in the lock order.
@@ -231,7 +231,7 @@ impl Disk {
     }
 
     /// Hangs a new cluster over what `entry` says, or asks for a copy if that would be three deep.
-    fn hang_new(&self, map: &mut Map, lcn: Lcn, entry: Entry) -> Result<Entry, Stop> {
+    pub(super) fn hang_new(&self, map: &mut Map, lcn: Lcn, entry: Entry) -> Result<Entry, Stop> {
         let pool = self.pool();
         let take = |map: &mut Map| {
             map.take_cluster(&pool.space).map_err(|e| match e.kind() {
@@ -306,7 +306,7 @@ impl Disk {
     }
 }
 
-fn check_limit(map: &Map, more: u16) -> Result<(), Stop> {
+pub(super) fn check_limit(map: &Map, more: u16) -> Result<(), Stop> {
     match map.limit_subs {
         Some(limit) if map.used_subs + u64::from(more.count_ones()) > limit => {
             Err(Stop::Limit(limit))

@@ -1,0 +1,261 @@
+//! Copying images in and disks out. Large requests; what is not there, or is all zeros, is neither
+//! read nor written, so that sparse goes in and comes out sparse.
+
+use super::base::Base;
+use super::disk::Disk;
+use super::error::DiskError;
+use super::extents::{ExtentKind, data_runs};
+use crate::format::units::{bytes_of, len_of};
+use crate::storage::{AlignedBuf, Caching, FileStorage, OpenError, Storage};
+use imago::file::File as ImagoFile;
+use imago::qcow2::Qcow2;
+use imago::{
+    FormatAccess, FormatCreateBuilder, FormatDriverBuilder, PermissiveImplicitOpenGate,
+    StorageOpenOptions,
+};
+use std::io::{self, Write};
+use std::path::Path;
+
+/// Most bytes moved at once.
+const PART_LEN_MAX: u64 = 1 << 20;
+/// Blocks of an exported disk that are looked at for zeros, bytes: what file systems allocate.
+const EXPORT_BLOCK: u32 = 4096;
+
+/// Told how far a copy has come: bytes done, and bytes in all.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// Copies the image `from` into `disk`, which is empty and at least as large, and flushes it.
+/// Returns the bytes of data written.
+///
+/// # Errors
+/// The image or the pool failed, or the pool is full.
+pub fn import(from: &Base, disk: &Disk, progress: Progress<'_>) -> Result<u64, DiskError> {
+    let total = from.disk_len();
+    let block = disk.block_size();
+    let mut buf = AlignedBuf::new(len_of(PART_LEN_MAX));
+    let mut written = 0;
+    let mut at = 0;
+    while let Some((start, end)) = next_data(from, at)? {
+        let start = start / u64::from(block) * u64::from(block);
+        let end = end.next_multiple_of(u64::from(block)).min(total);
+        at = at.max(start);
+        while at < end {
+            let len = (end - at).min(PART_LEN_MAX);
+            let part = &mut buf[..len_of(len)];
+            let read = from.read_at(part, at);
+            read.map_err(DiskError::io("reading the image"))?;
+            for run in data_runs(part, block) {
+                disk.write_at(&part[run.clone()], at + bytes_of(run.start))?;
+                written += bytes_of(run.len());
+            }
+            at += len;
+            progress(at, total);
+        }
+    }
+    disk.pool().flush()?;
+    progress(total, total);
+    Ok(written)
+}
+
+fn next_data(base: &Base, at: u64) -> Result<Option<(u64, u64)>, DiskError> {
+    if at >= base.len() {
+        return Ok(None);
+    }
+    base.next_data(at)
+        .map_err(DiskError::io("looking for data in the image"))
+}
+
+/// What a disk is copied to: zeros everywhere, until written.
+pub trait Sink {
+    /// Writes `buf` at byte `offset`. Offsets only ever grow.
+    ///
+    /// # Errors
+    /// What the device said.
+    fn write_at(&mut self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Everything was written, of `len` bytes in all; makes it durable.
+    ///
+    /// # Errors
+    /// What the device said.
+    fn finish(&mut self, len: u64) -> io::Result<()>;
+}
+
+/// Copies what `disk` holds to `sink`. Returns the bytes of data written. A disk that is being
+/// written meanwhile gives a mixture; export a snapshot of it.
+///
+/// # Errors
+/// The disk failed, or the sink (as [`DiskError::Io`]).
+pub fn export(disk: &Disk, sink: &mut dyn Sink, progress: Progress<'_>) -> Result<u64, DiskError> {
+    let total = disk.size();
+    let mut buf = AlignedBuf::new(len_of(PART_LEN_MAX));
+    let mut written = 0;
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while at < total {
+        extents.clear();
+        let part_end = disk.extents_from(at, &mut extents)?;
+        for extent in &extents {
+            match extent.kind {
+                ExtentKind::Hole | ExtentKind::Zero => {}
+                ExtentKind::Data(_) => {
+                    let range = (extent.offset, extent.end());
+                    written += export_range(disk, range, total, &mut buf, sink, progress)?;
+                }
+                ExtentKind::Base => {
+                    let mut from = extent.offset;
+                    let base = disk.base();
+                    while let Some((start, end)) = match base {
+                        Some(base) if from < extent.end() => next_data(base, from)?,
+                        Some(_) | None => None,
+                    } {
+                        let start = (start / 512 * 512).clamp(from, extent.end());
+                        let end = end.next_multiple_of(512).clamp(start, extent.end());
+                        let range = (start, end);
+                        written += export_range(disk, range, total, &mut buf, sink, progress)?;
+                        from = end.max(start + 512);
+                    }
+                }
+            }
+        }
+        at = part_end;
+        progress(at, total);
+    }
+    sink.finish(total)
+        .map_err(DiskError::io("finishing the copy"))?;
+    Ok(written)
+}
+
+fn export_range(
+    disk: &Disk,
+    (mut at, end): (u64, u64),
+    total: u64,
+    buf: &mut AlignedBuf,
+    sink: &mut dyn Sink,
+    progress: Progress<'_>,
+) -> Result<u64, DiskError> {
+    let mut written = 0;
+    while at < end {
+        // Up to a round offset, so that requests after the first are aligned.
+        let next = (at / PART_LEN_MAX + 1) * PART_LEN_MAX;
+        let part = &mut buf[..len_of(end.min(next) - at)];
+        disk.read_at(part, at)?;
+        for run in data_runs(part, EXPORT_BLOCK) {
+            let result = sink.write_at(&part[run.clone()], at + bytes_of(run.start));
+            result.map_err(DiskError::io("writing the copy"))?;
+            written += bytes_of(run.len());
+        }
+        at = end.min(next);
+        progress(at, total);
+    }
+    Ok(written)
+}
+
+/// A flat image file.
+#[derive(Debug)]
+pub struct RawSink(FileStorage);
+
+impl RawSink {
+    /// Makes the file, which must not exist, with `len` bytes: a multiple of 512.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn create(path: &Path, len: u64) -> Result<Self, OpenError> {
+        FileStorage::create_new_with(path, len, Caching::Buffered).map(Self)
+    }
+}
+
+impl Sink for RawSink {
+    fn write_at(&mut self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(buf, offset)
+    }
+
+    fn finish(&mut self, _len: u64) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// A qcow2 image file.
+pub struct Qcow2Sink {
+    image: FormatAccess<ImagoFile>,
+    /// Made and locked by us; its contents are `image`'s to write.
+    file: FileStorage,
+}
+
+impl std::fmt::Debug for Qcow2Sink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Qcow2Sink").field(&self.file).finish()
+    }
+}
+
+impl Qcow2Sink {
+    /// Makes the file, which must not exist, for a disk of `len` bytes.
+    ///
+    /// # Errors
+    /// It exists, or cannot be written.
+    pub fn create(path: &Path, len: u64) -> Result<Self, OpenError> {
+        let file = FileStorage::create_new_with(path, 0, Caching::Buffered)?;
+        let failed = |source| OpenError::Io {
+            path: path.to_owned(),
+            doing: "make a qcow2 image of",
+            source,
+        };
+        let options = StorageOpenOptions::new().write(true).filename(path);
+        let storage = <ImagoFile as imago::Storage>::open(options).map_err(failed)?;
+        let made = Qcow2::<ImagoFile>::create_builder(storage)
+            .size(len)
+            .create_open(PermissiveImplicitOpenGate::default(), |storage| {
+                Ok(Qcow2::builder(storage).write(true))
+            });
+        let image = FormatAccess::new(made.map_err(failed)?);
+        Ok(Self { image, file })
+    }
+}
+
+impl Sink for Qcow2Sink {
+    fn write_at(&mut self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.image.write(buf, offset)
+    }
+
+    fn finish(&mut self, _len: u64) -> io::Result<()> {
+        self.image.flush()?;
+        self.image.sync()
+    }
+}
+
+/// A stream: what is not written is filled up with zeros.
+#[derive(Debug)]
+pub struct StreamSink<W> {
+    stream: W,
+    at: u64,
+}
+
+impl<W: Write> StreamSink<W> {
+    /// Writes to `stream` from where it is.
+    pub fn new(stream: W) -> Self {
+        Self { stream, at: 0 }
+    }
+
+    fn fill(&mut self, until: u64) -> io::Result<()> {
+        let zeros = [0; 65536];
+        while self.at < until {
+            let len = (until - self.at).min(bytes_of(zeros.len()));
+            self.stream.write_all(&zeros[..len_of(len)])?;
+            self.at += len;
+        }
+        Ok(())
+    }
+}
+
+impl<W: Write> Sink for StreamSink<W> {
+    fn write_at(&mut self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.fill(offset)?;
+        self.stream.write_all(buf)?;
+        self.at += bytes_of(buf.len());
+        Ok(())
+    }
+
+    fn finish(&mut self, len: u64) -> io::Result<()> {
+        self.fill(len)?;
+        self.stream.flush()
+    }
+}
