@@ -16,6 +16,7 @@ mod human;
 mod open;
 mod output;
 mod pool;
+mod progress;
 mod serve;
 
 use clap::{CommandFactory, Parser, Subcommand};

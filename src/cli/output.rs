@@ -36,6 +36,12 @@ impl Reply {
             is_failure: false,
         }
     }
+
+    /// A success whose result went to standard output already.
+    #[must_use]
+    pub(super) fn silent() -> Self {
+        Self::new(Value::Null, "")
+    }
 }
 
 /// Prints in one format.
@@ -52,6 +58,7 @@ impl Output {
     /// Standard output failed, other than by its reader going away.
     pub(super) fn reply(self, reply: &Reply) -> io::Result<()> {
         match self.format {
+            Format::Json if reply.json.is_null() => Ok(()),
             Format::Json => print(&format!("{}\n", reply.json)),
             Format::Text => print(&reply.text),
         }
@@ -84,16 +91,8 @@ impl Output {
 /// # Errors
 /// It failed, other than by its reader going away.
 pub(super) fn print(text: &str) -> io::Result<()> {
-    print_bytes(text.as_bytes())
-}
-
-/// Prints bytes to standard output.
-///
-/// # Errors
-/// As [`print`].
-pub(super) fn print_bytes(bytes: &[u8]) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    match out.write_all(bytes).and_then(|()| out.flush()) {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
     }

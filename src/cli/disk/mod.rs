@@ -1,6 +1,8 @@
 //! `tidepool disk`: making, forking, changing, copying and removing disks.
 
 mod change;
+mod copy;
+mod look;
 mod show;
 
 use super::args::{ItemRef, OptionalSize, OtherRef};
@@ -47,6 +49,24 @@ pub(super) enum DiskCommand {
     /// Make a disk what it was at a snapshot.
     #[command(after_help = ROLLBACK)]
     Rollback(Snapshot),
+    /// Make the parent of a disk what the disk is, in constant time.
+    #[command(after_help = COMMIT)]
+    Commit(Commit),
+    /// Copy into the pool what a disk still reads from its base, and drop the base.
+    #[command(after_help = FLATTEN)]
+    Flatten(Flatten),
+    /// Copy a raw or qcow2 image into a new disk. Zeros take no space.
+    #[command(after_help = IMPORT)]
+    Import(Import),
+    /// Copy a disk or snapshot out to a sparse image file.
+    #[command(after_help = EXPORT)]
+    Export(Export),
+    /// Show in which ranges two disks of a pool differ.
+    #[command(after_help = DIFF)]
+    Diff(Diff),
+    /// Show where the parts of a disk are.
+    #[command(after_help = MAP)]
+    Map(Item),
 }
 
 const CREATE: &str = "\
@@ -92,6 +112,31 @@ Examples:
 const ROLLBACK: &str = "\
 Examples:
   tidepool disk rollback vms.pool:vm1@monday";
+
+const COMMIT: &str = "\
+Examples:
+  tidepool disk commit vms.pool:vm1";
+const FLATTEN: &str = "\
+Examples:
+  tidepool disk flatten vms.pool:vm1
+  tidepool disk flatten vms.pool:vm1 --throttle 50M";
+const IMPORT: &str = "\
+Examples:
+  tidepool disk import debian.qcow2 vms.pool:base
+  tidepool disk import disk.img vms.pool:old --format raw";
+const EXPORT: &str = "\
+Examples:
+  tidepool disk export vms.pool:vm1 vm1.raw
+  tidepool disk export vms.pool:vm1@monday vm1.qcow2 --format qcow2
+  tidepool disk export vms.pool:vm1 - | zstd > vm1.raw.zst";
+const DIFF: &str = "\
+Examples:
+  tidepool disk diff vms.pool:base vm1
+  tidepool disk diff vms.pool:vm1@monday vm1 --content -o json";
+const MAP: &str = "\
+Examples:
+  tidepool disk map vms.pool:vm1
+  tidepool disk map vms.pool:vm1 -o json | jq '.extents[] | select(.kind == \"data\")'";
 
 /// A pool.
 #[derive(Debug, Args)]
@@ -228,11 +273,73 @@ pub(super) struct Snapshot {
     snapshot: ItemRef,
 }
 
+/// `disk commit`
+#[derive(Debug, Args)]
+pub(super) struct Commit {
+    /// The disk whose parent becomes what it is, POOL:NAME.
+    #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
+    disk: ItemRef,
+}
+
+/// `disk flatten`
+#[derive(Debug, Args)]
+pub(super) struct Flatten {
+    /// The disk, POOL:NAME.
+    #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
+    disk: ItemRef,
+    /// Most bytes to look at in a second.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    throttle: Option<u64>,
+}
+
+/// `disk import`
+#[derive(Debug, Args)]
+pub(super) struct Import {
+    /// The image.
+    file: PathBuf,
+    /// The disk to make, POOL:NAME.
+    #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
+    disk: ItemRef,
+    /// Format of the image; told from its contents if left out.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    format: Option<ImageFormat>,
+}
+
+/// `disk export`
+#[derive(Debug, Args)]
+pub(super) struct Export {
+    /// The disk or snapshot, POOL:NAME or POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "POOL:NAME")]
+    item: ItemRef,
+    /// The image to make; `-` for standard output.
+    file: PathBuf,
+    /// Format of the image.
+    #[arg(long, value_enum, default_value = "raw", value_name = "FORMAT")]
+    format: ImageFormat,
+    /// Replace a file that exists.
+    #[arg(long)]
+    force: bool,
+}
+
+/// `disk diff`
+#[derive(Debug, Args)]
+pub(super) struct Diff {
+    /// A disk or snapshot, POOL:NAME or POOL:NAME@SNAPSHOT.
+    #[arg(value_name = "A")]
+    first: ItemRef,
+    /// Another one of the same pool; the pool may be left out.
+    #[arg(value_name = "B")]
+    second: OtherRef,
+    /// Read what may differ and compare its bytes: what was written twice alike is the same.
+    #[arg(long)]
+    content: bool,
+}
+
 /// Runs a command.
 ///
 /// # Errors
 /// What it failed at.
-pub(super) fn execute(command: DiskCommand, _output: Output) -> Result<Reply, Failure> {
+pub(super) fn execute(command: DiskCommand, output: Output) -> Result<Reply, Failure> {
     match command {
         DiskCommand::Create(args) => change::create(&args),
         DiskCommand::Ls(args) => show::list(&args.pool),
@@ -245,5 +352,11 @@ pub(super) fn execute(command: DiskCommand, _output: Output) -> Result<Reply, Fa
         DiskCommand::Fork(args) => change::fork(&args),
         DiskCommand::Snapshot(args) => change::snapshot(&args.snapshot),
         DiskCommand::Rollback(args) => change::rollback(&args.snapshot),
+        DiskCommand::Commit(args) => copy::commit(&args.disk),
+        DiskCommand::Flatten(args) => copy::flatten(&args, output),
+        DiskCommand::Import(args) => copy::import(&args, output),
+        DiskCommand::Export(args) => copy::export(&args, output),
+        DiskCommand::Diff(args) => look::diff(&args),
+        DiskCommand::Map(args) => look::map(&args),
     }
 }

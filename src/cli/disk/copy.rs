@@ -1,0 +1,230 @@
+//! Commands that move data: import, export, flatten, commit.
+
+use super::change::{guess_format, with_pool};
+use super::{Export, Flatten, ImageFormat, Import};
+use crate::cli::args::ItemRef;
+use crate::cli::failure::Failure;
+use crate::cli::output::{Output, Reply};
+use crate::cli::progress::Progress;
+use crate::cli::{human, open};
+use crate::cowdisk::{self, Base, Disk, DiskError, NewDisk, Qcow2Sink, RawSink, Sink, StreamSink};
+use crate::format::catalogue::{RowKind, check_name};
+use crate::pool::Pool;
+use crate::storage::OpenError;
+use crate::sync::Arc;
+use crate::sys::file;
+use serde_json::json;
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
+    let (file, disk) = (&args.file, &args.disk);
+    let format = match args.format {
+        Some(format) => format.into(),
+        None => guess_format(file)?,
+    };
+    // Visible under its name only when it is whole.
+    let partial = format!("{}.partial", disk.name);
+    check_name(&partial, RowKind::Disk).map_err(Failure::usage)?;
+    let mut progress = Progress::new(output, "importing");
+    let result = with_pool(disk, "import", |pool| {
+        pool.with_catalogue(|all| all.check_free(&disk.name))?;
+        let image = Base::open(&Base::examine(file, format)?)?;
+        let size = image.disk_len();
+        cowdisk::create(pool, &NewDisk::empty(&partial, size))?;
+        let moved = Disk::open(pool, &partial).and_then(|disk| {
+            cowdisk::import(&image, &disk, &mut |done, total| {
+                progress.update(done, total);
+            })
+        });
+        let moved = moved.and_then(|moved| {
+            cowdisk::rename(pool, &partial, &disk.name)?;
+            Ok(moved)
+        });
+        if moved.is_err() {
+            // The first error says more than a second would.
+            drop(cowdisk::remove(pool, &partial, true));
+        }
+        Ok((size, moved?))
+    });
+    progress.finish();
+    let (size, moved) = result.map_err(|failure| match failure.kind {
+        "exists" if failure.what.contains(&partial) => failure.hint(format!(
+            "an import was interrupted: `tidepool disk rm {disk}.partial` removes what it left"
+        )),
+        _ => failure,
+    })?;
+    let json = json!({
+        "pool": disk.pool,
+        "name": disk.name,
+        "file": file,
+        "format": format,
+        "size_bytes": size,
+        "data_bytes": moved,
+    });
+    let text = format!(
+        "{disk}: {} imported, {} of it data\n",
+        human::bytes(size),
+        human::bytes(moved)
+    );
+    Ok(Reply::new(json, text))
+}
+
+pub(super) fn export(args: &Export, output: Output) -> Result<Reply, Failure> {
+    let (item, file) = (&args.item, &args.file);
+    let is_stdout = file.as_os_str() == "-";
+    if is_stdout && args.format == ImageFormat::Qcow2 {
+        return Err(Failure::usage(
+            "only --format raw can be written to standard output",
+        ));
+    }
+    if !is_stdout {
+        check_target(file, args.force)?;
+    }
+    let mut progress = Progress::new(output, "exporting");
+    let mut copy = |pool: &Arc<Pool>| {
+        let disk = Disk::open(pool, &item.name).map_err(|e| Failure::disk(item, &e))?;
+        let mut show = |done, total| progress.update(done, total);
+        let size = disk.size();
+        if is_stdout {
+            let mut sink =
+                StreamSink::new(io::BufWriter::with_capacity(1 << 20, io::stdout().lock()));
+            return match cowdisk::export(&disk, &mut sink, &mut show) {
+                Ok(moved) => Ok((size, moved)),
+                Err(e) => Err(failed(item, file, &e)),
+            };
+        }
+        let partial = with_suffix(file, ".partial");
+        let moved = sink_for(&partial, args.format, size).and_then(|mut sink| {
+            let moved = cowdisk::export(&disk, &mut *sink, &mut show);
+            let moved = moved.map_err(|e| failed(item, file, &e))?;
+            let put = std::fs::rename(&partial, file).and_then(|()| file::sync_parent(file));
+            put.map_err(|e| Failure::io(file, "put the export in place", &e))?;
+            Ok(moved)
+        });
+        if moved
+            .as_ref()
+            .is_err_and(|failure| failure.kind != "exists")
+        {
+            // Made above, and of no use to anyone.
+            drop(std::fs::remove_file(&partial));
+        }
+        Ok((size, moved?))
+    };
+    let result = open::reading(&item.pool, &mut copy);
+    progress.finish();
+    let (size, moved) = result?;
+    let format = if args.format == ImageFormat::Raw {
+        "raw"
+    } else {
+        "qcow2"
+    };
+    let json = json!({
+        "pool": item.pool,
+        "name": item.name,
+        "file": file,
+        "format": format,
+        "size_bytes": size,
+        "data_bytes": moved,
+    });
+    let text = format!(
+        "{item}: {} exported to {}, {} of it data\n",
+        human::bytes(size),
+        file.display(),
+        human::bytes(moved)
+    );
+    match is_stdout {
+        true => Ok(Reply::silent()),
+        false => Ok(Reply::new(json, text)),
+    }
+}
+
+/// `Err` if `file` must not be written.
+fn check_target(file: &Path, is_forced: bool) -> Result<(), Failure> {
+    match file::kind_of(file) {
+        Err(_absent) => Ok(()),
+        Ok(file::Kind::Regular) if is_forced => Ok(()),
+        Ok(file::Kind::Regular) => Err(Failure::new("exists", file.display(), "it exists already")
+            .hint("choose another name, or say --force to replace it")),
+        Ok(file::Kind::BlockDevice | file::Kind::Other) => {
+            let what = "it is not a regular file";
+            Err(Failure::new("invalid", file.display(), what)
+                .hint("export to `-` and write standard output where you want it"))
+        }
+    }
+}
+
+fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+fn sink_for(path: &Path, format: ImageFormat, size: u64) -> Result<Box<dyn Sink>, Failure> {
+    let sink: Result<Box<dyn Sink>, OpenError> = match format {
+        ImageFormat::Raw => RawSink::create(path, size).map(|sink| Box::new(sink) as Box<dyn Sink>),
+        ImageFormat::Qcow2 => {
+            Qcow2Sink::create(path, size).map(|sink| Box::new(sink) as Box<dyn Sink>)
+        }
+    };
+    sink.map_err(|e| {
+        let failure = Failure::file(&e);
+        match failure.kind {
+            "exists" => {
+                failure.hint("an export was interrupted, or is running: remove what it left")
+            }
+            _ => failure,
+        }
+    })
+}
+
+/// Out of space is the file's file system here, not the pool.
+fn failed(item: &ItemRef, file: &Path, error: &DiskError) -> Failure {
+    match error {
+        DiskError::NoSpace => {
+            Failure::new("no_space", file.display(), "no space left for the export")
+        }
+        DiskError::OutOfRange { .. }
+        | DiskError::ReadOnly { .. }
+        | DiskError::Deleted { .. }
+        | DiskError::LimitReached { .. }
+        | DiskError::Base { .. }
+        | DiskError::Io { .. }
+        | DiskError::Pool(_) => Failure::disk(item, error),
+    }
+}
+
+pub(super) fn flatten(args: &Flatten, output: Output) -> Result<Reply, Failure> {
+    let disk = &args.disk;
+    let mut progress = Progress::new(output, "flattening");
+    let result = with_pool(disk, "flatten", |pool| {
+        cowdisk::flatten(pool, &disk.name, &mut |done, total| {
+            progress.update(done, total);
+            if let Some(rate) = args.throttle {
+                progress.throttle(rate);
+            }
+        })
+    });
+    progress.finish();
+    let moved = result?;
+    let json = json!({ "pool": disk.pool, "name": disk.name, "data_bytes": moved });
+    let text = format!(
+        "{disk}: independent of its base, which had {} of data\n",
+        human::bytes(moved)
+    );
+    Ok(Reply::new(json, text))
+}
+
+pub(super) fn commit(item: &ItemRef) -> Result<Reply, Failure> {
+    let parent = with_pool(item, "commit", |pool| {
+        let parent = pool.find(&item.name)?.row.parent;
+        cowdisk::commit(pool, &item.name)?;
+        let name = |id| pool.with_catalogue(|all| all.get(id).map(|item| item.row.name.clone()));
+        Ok(parent.and_then(name).unwrap_or_default())
+    })?;
+    let json = json!({ "pool": item.pool, "name": item.name, "parent": parent });
+    Ok(Reply::new(
+        json,
+        format!("{item}: committed into {parent}\n"),
+    ))
+}
