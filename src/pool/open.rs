@@ -112,7 +112,7 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Pool
         image: None,
     };
     let storing = || PoolError::storage("creating the pool");
-    storage.set_len(len).map_err(storing())?;
+    fit(storage, len)?;
     // The journal's blocks exist from the start: writing them never allocates on the host.
     let zeros = AlignedBuf::new(1 << 20);
     let mut at = 0;
@@ -128,6 +128,24 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Pool
         storage.write_durable_at(&bytes, at).map_err(storing())?;
     }
     Ok(())
+}
+
+/// Gives the store `len` bytes. A block device has the size it has; what is beyond the last whole
+/// cluster stays unused.
+fn fit(storage: &dyn Storage, len: u64) -> Result<(), PoolError> {
+    let storing = || PoolError::storage("creating the pool");
+    match storage.set_len(len) {
+        Err(e) if e.kind() == std::io::ErrorKind::Unsupported => {
+            let have = storage.len().map_err(storing())?;
+            if have < len {
+                return Err(PoolError::invalid(format!(
+                    "a pool of {len} bytes does not fit a device of {have}"
+                )));
+            }
+            Ok(())
+        }
+        other => other.map_err(storing()),
+    }
 }
 
 /// The note of who has the pool open, for people; empty if there is none.
