@@ -1,5 +1,7 @@
 //! `tidepool pool`: making, measuring and looking after pools.
 
+mod inspect;
+
 use super::args::parse_size;
 use super::failure::Failure;
 use super::human;
@@ -26,6 +28,15 @@ pub(super) enum PoolCommand {
     /// Show size, use and settings of a pool.
     #[command(after_help = INFO)]
     Info(Target),
+    /// Read all metadata and name every fault.
+    #[command(after_help = CHECK)]
+    Check(Check),
+    /// Print the metadata, a JSON object a line.
+    #[command(after_help = DUMP)]
+    Dump(Target),
+    /// Change the most bytes a pool may grow to.
+    #[command(after_help = RESIZE)]
+    Resize(Resize),
     /// List pools: those named, or those in a directory.
     #[command(after_help = LS)]
     Ls(Ls),
@@ -43,6 +54,19 @@ const INFO: &str = "\
 Examples:
   tidepool pool info vms.pool
   tidepool pool info vms.pool --output json";
+const CHECK: &str = "\
+Examples:
+  tidepool pool check vms.pool
+  tidepool pool check vms.pool --repair
+
+Exit status 1 if there are faults, or some are left after --repair.";
+const DUMP: &str = "\
+Examples:
+  tidepool pool dump vms.pool
+  tidepool pool dump vms.pool | jq 'select(.kind == \"disk\") | .row'";
+const RESIZE: &str = "\
+Examples:
+  tidepool pool resize vms.pool --size 200G";
 const LS: &str = "\
 Examples:
   tidepool pool ls
@@ -74,6 +98,26 @@ pub(super) struct Create {
     force: bool,
 }
 
+/// `pool check`
+#[derive(Debug, Args)]
+pub(super) struct Check {
+    /// Path of the pool.
+    pool: PathBuf,
+    /// Repair what can be.
+    #[arg(long)]
+    repair: bool,
+}
+
+/// `pool resize`
+#[derive(Debug, Args)]
+pub(super) struct Resize {
+    /// Path of the pool.
+    pool: PathBuf,
+    /// The new size. It can shrink as far as nothing is in the way.
+    #[arg(long, value_parser = parse_size)]
+    size: u64,
+}
+
 /// `pool ls`
 #[derive(Debug, Args)]
 pub(super) struct Ls {
@@ -95,6 +139,9 @@ pub(super) fn execute(command: PoolCommand) -> Result<Reply, Failure> {
     match command {
         PoolCommand::Create(create) => run_create(&create),
         PoolCommand::Info(target) => open::reading(&target.pool, |pool| info(&target.pool, pool)),
+        PoolCommand::Check(args) => inspect::check(&args),
+        PoolCommand::Dump(args) => inspect::dump(&args),
+        PoolCommand::Resize(args) => resize(&args),
         PoolCommand::Ls(ls) => list(ls),
         PoolCommand::Trim(target) => trim(&target.pool),
     }
@@ -301,6 +348,24 @@ fn is_pool(path: &Path) -> bool {
             Superblock::decode(&block),
             Err(crate::format::FormatError::Magic { .. } | crate::format::FormatError::Short { .. })
         )
+    })
+}
+
+fn resize(args: &Resize) -> Result<Reply, Failure> {
+    let path = &args.pool;
+    open::writing(path, "started by tidepool pool resize", |pool| {
+        let old = pool.superblock().pool_len();
+        let resized = pool.resize(args.size);
+        resized.map_err(|e| Failure::pool(path.display(), &e))?;
+        let new = pool.superblock().pool_len();
+        let text = format!(
+            "{}: now {}, was {}\n",
+            path.display(),
+            human::bytes(new),
+            human::bytes(old)
+        );
+        let json = json!({ "pool": path, "old_capacity_bytes": old, "capacity_bytes": new });
+        Ok(Reply::new(json, text))
     })
 }
 

@@ -1,0 +1,93 @@
+//! Commands that look at the metadata itself: check and dump. They open the pool's file, not the
+//! pool, which may be damaged.
+
+use super::{Check, Target};
+use crate::cli::failure::Failure;
+use crate::cli::output::{self, Reply};
+use crate::cli::{human, open};
+use crate::pool::check::{self, Report};
+use crate::pool::dump::dump as dump_pool;
+use crate::storage::{Access, FileStorage, Storage};
+use crate::sync::Arc;
+use serde_json::{Value, json};
+use std::path::Path;
+
+fn storage(path: &Path, access: Access) -> Result<Arc<dyn Storage>, Failure> {
+    let storage = FileStorage::open(path, access).map_err(|e| open::refusal(path, &e))?;
+    Ok(Arc::new(storage))
+}
+
+pub(super) fn check(args: &Check) -> Result<Reply, Failure> {
+    let path = &args.pool;
+    let access = if args.repair {
+        Access::ReadWrite
+    } else {
+        Access::ReadOnly
+    };
+    let storage = storage(path, access)?;
+    let failed = |e| Failure::pool(path.display(), &e);
+    let before = check::check(&*storage).map_err(failed)?;
+    if !args.repair || before.faults.is_empty() {
+        return Ok(report(path, &before, &before, false));
+    }
+    check::repair(&storage).map_err(failed)?;
+    let after = check::check(&*storage).map_err(failed)?;
+    Ok(report(path, &before, &after, true))
+}
+
+/// What was found, and what is left of it.
+fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Reply {
+    let used = u64::from(after.used_clusters) * after.cluster_bytes;
+    let free = u64::from(after.free_clusters) * after.cluster_bytes;
+    let mut text = String::new();
+    for fault in &before.faults {
+        let remedy = match (&fault.remedy, is_repaired) {
+            (None, _) => "this cannot be repaired".to_owned(),
+            (Some(remedy), true) => format!("repaired: {remedy}"),
+            (Some(remedy), false) => format!("--repair: {remedy}"),
+        };
+        text.push_str(&format!("fault: {}\n  {remedy}\n", fault.what));
+    }
+    let shown = path.display();
+    text.push_str(&match after.faults.len() {
+        0 => format!(
+            "{shown}: no faults; {} disks and snapshots, {} used, {} free\n",
+            after.disks,
+            human::bytes(used),
+            human::bytes(free)
+        ),
+        1 => format!("{shown}: 1 fault\n"),
+        count => format!("{shown}: {count} faults\n"),
+    });
+    let faults = before.faults.iter();
+    let faults: Vec<Value> = faults
+        .map(|fault| json!({ "what": fault.what, "remedy": fault.remedy }))
+        .collect();
+    let json = json!({
+        "pool": path,
+        "faults": faults,
+        "faults_left": after.faults.len(),
+        "is_repaired": is_repaired,
+        "is_clean": before.is_clean,
+        "disks": after.disks,
+        "used_bytes": used,
+        "free_bytes": free,
+    });
+    Reply {
+        is_failure: !after.faults.is_empty(),
+        ..Reply::new(json, text)
+    }
+}
+
+pub(super) fn dump(args: &Target) -> Result<Reply, Failure> {
+    let storage = storage(&args.pool, Access::ReadOnly)?;
+    let mut printed = Ok(());
+    let dumped = dump_pool(&*storage, &mut |line| {
+        if printed.is_ok() {
+            printed = output::print(&format!("{line}\n"));
+        }
+    });
+    printed.map_err(|e| Failure::new("io", "standard output", e))?;
+    dumped.map_err(|e| Failure::pool(args.pool.display(), &e))?;
+    Ok(Reply::silent())
+}
