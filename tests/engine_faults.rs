@@ -322,3 +322,27 @@ fn a_trim_leaves_space_for_writers() {
         usage.clean
     );
 }
+
+/// The journal came back to a half that the image covered, but the superblock still began replay
+/// there: a crash then left a pool that did not open.
+#[test]
+fn the_half_that_replay_begins_in_is_not_written_over() {
+    let (storage, pool) = fresh();
+    let leaf = 64 * CLUSTER;
+    let d = disk(&pool, "d", 20_000 * leaf);
+    for round in 0..16 {
+        for n in 0..8000 {
+            let pass = common::enter(&d);
+            let waker = std::task::Waker::noop();
+            d.plan_discard(&pass, 2 * n * leaf, leaf, waker)
+                .expect("discards");
+        }
+        d.flush().expect("a batch of a quarter of a half");
+        d.write_at(&bytes(round, SUB), u64::from(round) * CLUSTER)
+            .expect("writes");
+        d.flush().expect("flushes");
+        let after = common::opened(&Arc::new(storage.crash_all_lost()));
+        let d = Disk::open(&after, "d").expect("it is there");
+        assert_eq!(read(&d, u64::from(round) * CLUSTER, SUB), bytes(round, SUB));
+    }
+}
