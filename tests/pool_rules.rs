@@ -238,6 +238,8 @@ fn i6_every_prefix_of_the_journal_is_a_legal_state() {
         }
         d.flush().expect("flushes");
     }
+    // The clusters of those removed went to others since: their data is not in a prefix's past.
+    let last_ones = pool.items();
     let all = batches(&storage);
     assert!(all.len() > 10, "{} batches", all.len());
     let (last, len, ..) = *all.last().expect("some");
@@ -252,19 +254,16 @@ fn i6_every_prefix_of_the_journal_is_a_legal_state() {
             report.faults
         );
         let pool = opened(&copy);
-        for item in pool
-            .items()
-            .iter()
-            .filter(|item| item.row.name.starts_with('c'))
-        {
+        let is_child = |name: &str| name.starts_with('c');
+        for item in last_ones.iter().filter(|item| is_child(&item.row.name)) {
+            if pool.find(&item.row.name).is_err() {
+                continue;
+            }
             let child = Disk::open(&pool, &item.row.name).expect("there");
             let value: u8 = item.row.name[1..].parse().expect("a number");
             let at = u64::from(value) * CLUSTER;
-            assert_eq!(
-                read(&child, at, 2 * CLUSTER),
-                bytes(value, 2 * CLUSTER),
-                "{n} batches"
-            );
+            let is_right = read(&child, at, 2 * CLUSTER) == bytes(value, 2 * CLUSTER);
+            assert!(is_right, "{}: first {n} batches", item.row.name);
         }
     }
 }
