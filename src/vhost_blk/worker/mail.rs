@@ -42,6 +42,10 @@ impl Worker {
             } => {
                 if let Some(lane) = lane_mut(&mut self.lanes, index) {
                     lane.error = error;
+                    if matches!(lane.state, LaneState::Broken) {
+                        // It broke before it could be reported there.
+                        signal(lane.error.as_deref());
+                    }
                 }
             }
             Message::Memory {
