@@ -2,7 +2,7 @@
 //! protocol document alone, which can be as rude as a test wants it.
 
 use std::fs::File;
-use std::io::{IoSlice, Read};
+use std::io::{ErrorKind, IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -210,7 +210,7 @@ impl Wire {
         let mut header = [0; 12];
         match self.stream.read_exact(&mut header) {
             Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 panic!("no reply to request {request} in time")
             }
             Err(_hung_up) => return None,
@@ -246,9 +246,12 @@ impl Wire {
     /// Waits until the back end hangs up.
     pub fn wait_hangup(&mut self) {
         let mut rest = Vec::new();
-        self.stream
+        let ended = self
+            .stream
             .read_to_end(&mut rest)
-            .expect("the back end hangs up in time");
+            .map_err(|error| error.kind());
+        let is_hangup = matches!(ended, Ok(_) | Err(ErrorKind::ConnectionReset));
+        assert!(is_hangup, "the back end did not hang up in time: {ended:?}");
     }
 
     pub fn config(&mut self, offset: u32, len: u32) -> Option<Vec<u8>> {

@@ -47,7 +47,7 @@ pub fn options() -> ServerOptions {
 }
 
 impl Bench {
-    pub fn new(kind: Kind, size: u64, trouble: u64) -> Self {
+    pub fn new(kind: Kind, size: u64, trouble: bool) -> Self {
         Self::with(options(), |dir| {
             disk::make(dir, "disk", size, kind, trouble)
         })

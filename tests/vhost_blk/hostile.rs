@@ -22,9 +22,9 @@ type Attack = fn(&mut Wire);
 /// Runs `attack` on a fresh guest and checks that its queue was given up, that draining it still
 /// answers, and that another guest is served as before.
 fn breaks(what: &str, attack: impl FnOnce(&mut Guest)) {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let other = bench.dir.path().join("other.sock");
-    let disk = disk::make(bench.dir.path(), "other", SIZE, Kind::Direct, 0);
+    let disk = disk::make(bench.dir.path(), "other", SIZE, Kind::Direct, false);
     bench.server.add(disk, &other, 4).expect("served");
     let mut bystander = Guest::boot(
         &other,
@@ -198,9 +198,11 @@ fn avail_indices_that_jump() {
 
 #[test]
 fn an_indirect_table_that_was_not_negotiated() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, PLAIN);
     let error = guest.watch_errors(0);
+    // Nothing is acknowledged here: an answer shows that what was sent before has arrived.
+    guest.wire.ask_u64(req::GET_FEATURES);
     guest.queues[0].set_desc(&guest.ram, 0, Desc(DATA, 32, INDIRECT, 0));
     offer(&mut guest, 0);
     let mut fds = [nix::poll::PollFd::new(
@@ -212,7 +214,7 @@ fn an_indirect_table_that_was_not_negotiated() {
 
 #[test]
 fn an_indirect_request_is_served_whole_even_with_more_buffers_than_the_ring_has() {
-    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let bench = Bench::new(Kind::Direct, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, Style { size: 16, ..MODERN });
     let count = 254_u16;
     let table = DATA + (1 << 20);
@@ -233,7 +235,7 @@ fn an_indirect_request_is_served_whole_even_with_more_buffers_than_the_ring_has(
 #[test]
 fn garbage_rings_never_take_the_server_down() {
     let mut random = Random(seed());
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let deadline = Duration::from_secs(3);
     for _ in 0..60 {
         let mut guest = Guest::boot(
@@ -281,7 +283,7 @@ fn garbage_rings_never_take_the_server_down() {
 
 #[test]
 fn requests_beyond_every_limit_are_errors_not_work() {
-    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let bench = Bench::new(Kind::Direct, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, MODERN);
     // 100 buffers of 2 MiB over the same memory: 200 MiB of data.
     let bufs = vec![(DATA, 2 << 20, WRITE); 100];
@@ -293,7 +295,7 @@ fn requests_beyond_every_limit_are_errors_not_work() {
 
 #[test]
 fn sessions_of_nonsense_end_and_the_next_client_is_served() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let attacks: [(&str, Attack); 9] = [
         ("unknown request", |wire| {
             wire.tell(99, &[], &[]);
@@ -341,7 +343,7 @@ fn sessions_of_nonsense_end_and_the_next_client_is_served() {
 
 #[test]
 fn a_client_that_stops_in_the_middle_of_a_message_is_cut_off() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut wire = Wire::connect(&bench.socket);
     wire.stream
         .write_all(&[1, 0, 0, 0, 1])
@@ -351,41 +353,61 @@ fn a_client_that_stops_in_the_middle_of_a_message_is_cut_off() {
     assert_eq!(guest.read(0, 0, 512), [0; 512]);
 }
 
-#[test]
-fn requests_that_the_pool_never_lets_in_do_not_hold_up_the_end() {
-    // Every entry is refused for the length of the test.
-    let bench = Bench::new(Kind::Memory, SIZE, 1);
-    let mut guest = Guest::boot(&bench.socket, MODERN);
-    guest.put(0, 0, OUT, 0, &[(DATA, 512, 0)]);
-    assert_eq!(
-        guest.queues[0].wait_used(&guest.ram, Duration::from_millis(100)),
-        None
-    );
-    drop(guest);
-    bench
-        .server
-        .shutdown()
-        .expect("a parked request does not hold the server up");
+/// Writes to a disk larger than its pool until the pool is full; the sector that did not fit.
+fn fill(guest: &mut Guest) -> u64 {
+    for sector in (0..).step_by(2048) {
+        if guest.write(0, sector, &vec![0x77; 1 << 20]) == IOERR {
+            return sector;
+        }
+    }
+    0
 }
 
 #[test]
-fn a_full_pool_is_an_error_after_the_timeout_and_not_before() {
+fn a_full_pool_is_an_error_after_the_timeout_and_space_ends_it() {
     let limit = Duration::from_millis(400);
     let options = ServerOptions {
         no_space_timeout: limit,
         ..crate::guest::options()
     };
-    let bench = Bench::with(options, |dir| {
-        disk::make(dir, "disk", SIZE, Kind::Memory, u64::MAX)
-    });
+    let bench = Bench::with(options, |dir| disk::make_tight(dir, 64 << 20));
     let mut guest = Guest::boot(&bench.socket, MODERN);
+    let sector = fill(&mut guest);
+    assert!(sector > 0 && sector < 64 << 11);
     let began = clock::now();
-    guest.put(0, 30, OUT, 0, &[(DATA, 512, 0)]);
-    // Reads go on meanwhile.
-    guest.put(0, 0, IN, 0, &[(DATA + 4096, 512, WRITE)]);
+    guest.put(0, 30, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    // Reads and overwrites go on meanwhile.
+    guest.put(0, 0, IN, 0, &[(DATA + (2 << 20), 512, WRITE)]);
     assert_eq!(guest.wait(0), Some((0, 513)));
+    guest.put(0, 0, OUT, 0, &[(DATA, 4096, 0)]);
+    assert_eq!(guest.wait(0), Some((0, 1)));
+    assert_eq!(guest.status(0, 0), OK);
     assert_eq!(guest.wait(0), Some((30, 1)));
     assert_eq!(guest.status(0, 30), IOERR);
     assert!(began.elapsed() >= limit);
     assert!(bench.stats().parked > 0);
+    assert_eq!(guest.ranges(0, 11, &[(0, 16384, 0)]), OK);
+    assert_eq!(guest.request(0, 4, 0, &[]), OK);
+    assert_eq!(guest.write(0, sector, &vec![0x78; 1 << 20]), OK);
+}
+
+#[test]
+fn requests_that_wait_for_space_do_not_hold_up_the_end() {
+    let options = ServerOptions {
+        no_space_timeout: Duration::from_secs(5),
+        ..crate::guest::options()
+    };
+    let bench = Bench::with(options, |dir| disk::make_tight(dir, 64 << 20));
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    let sector = fill(&mut guest);
+    guest.put(0, 0, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    let soon = Duration::from_millis(100);
+    assert_eq!(guest.queues[0].wait_used(&guest.ram, soon), None);
+    let began = clock::now();
+    drop(guest);
+    bench.server.shutdown().expect("shut down");
+    assert!(
+        began.elapsed() < Duration::from_secs(4),
+        "the parked request was waited for"
+    );
 }

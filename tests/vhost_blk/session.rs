@@ -14,7 +14,7 @@ const SIZE: u64 = 8 << 20;
 
 #[test]
 fn the_configuration_space_can_be_read_in_any_size() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, MODERN);
     let whole = guest.wire.config(0, 60).expect("config");
     let word = |at: usize| u32::from_le_bytes(whole[at..at + 4].try_into().expect("4 bytes"));
@@ -36,7 +36,7 @@ fn the_configuration_space_can_be_read_in_any_size() {
 
 #[test]
 fn a_client_may_come_back_fifty_times() {
-    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let bench = Bench::new(Kind::Direct, SIZE, false);
     for round in 0..50_u8 {
         let style = if round % 2 == 0 { MODERN } else { PLAIN };
         let mut guest = Guest::boot(&bench.socket, style);
@@ -49,7 +49,11 @@ fn a_client_may_come_back_fifty_times() {
 
 #[test]
 fn clients_that_die_with_requests_in_flight_do_no_harm() {
-    for (kind, trouble) in [(Kind::Direct, 0), (Kind::Direct, 2), (Kind::Memory, 2)] {
+    for (kind, trouble) in [
+        (Kind::Direct, false),
+        (Kind::Direct, true),
+        (Kind::Memory, true),
+    ] {
         let bench = Bench::new(kind, SIZE, trouble);
         for _ in 0..20 {
             let mut guest = Guest::boot(
@@ -75,7 +79,11 @@ fn clients_that_die_with_requests_in_flight_do_no_harm() {
 
 #[test]
 fn stopping_a_ring_drains_it() {
-    for (kind, trouble) in [(Kind::Direct, 0), (Kind::Direct, 4), (Kind::Buffered, 0)] {
+    for (kind, trouble) in [
+        (Kind::Direct, false),
+        (Kind::Direct, true),
+        (Kind::Buffered, false),
+    ] {
         let bench = Bench::new(kind, SIZE, trouble);
         let mut guest = Guest::boot(&bench.socket, MODERN);
         for round in 1..=20_u16 {
@@ -108,7 +116,7 @@ fn stopping_a_ring_drains_it() {
 
 #[test]
 fn a_disabled_ring_rests_and_goes_on_when_enabled() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, MODERN);
     assert_eq!(guest.write(0, 0, &[4; 512]), OK);
     assert!(guest.wire.vring_state(req::SET_VRING_ENABLE, 0, 0));
@@ -126,7 +134,7 @@ fn a_disabled_ring_rests_and_goes_on_when_enabled() {
 fn memory_may_come_and_go_during_requests() {
     let mut random = Random(seed());
     for kind in [Kind::Direct, Kind::Memory] {
-        let bench = Bench::new(kind, SIZE, 0);
+        let bench = Bench::new(kind, SIZE, false);
         let mut guest = Guest::boot(&bench.socket, MODERN);
         let pattern: Vec<u8> = (0..65536_u32).map(|at| (at / 512) as u8).collect();
         assert_eq!(guest.write(0, 0, &pattern), OK);
@@ -165,7 +173,7 @@ fn memory_may_come_and_go_during_requests() {
 
 #[test]
 fn a_memory_table_may_be_replaced_under_running_rings() {
-    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let bench = Bench::new(Kind::Direct, SIZE, false);
     let mut guest = Guest::boot(
         &bench.socket,
         Style {
@@ -193,7 +201,7 @@ fn a_memory_table_may_be_replaced_under_running_rings() {
 
 #[test]
 fn a_buffer_may_span_adjoining_regions() {
-    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let bench = Bench::new(Kind::Direct, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, MODERN);
     let next = Ram::new(GPA + RAM as u64, 1 << 20);
     assert!(guest.wire.mem_region(req::ADD_MEM_REG, &next));
@@ -208,7 +216,7 @@ fn a_buffer_may_span_adjoining_regions() {
 
 #[test]
 fn calls_obey_what_the_driver_asked_for() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     for features in [feature::VERSION_1, feature::VERSION_1 | feature::EVENT_IDX] {
         let mut guest = Guest::boot(&bench.socket, Style { features, ..MODERN });
         assert_eq!(guest.write(0, 0, &[1; 512]), OK);
@@ -239,7 +247,7 @@ fn calls_obey_what_the_driver_asked_for() {
 
 #[test]
 fn a_reset_device_starts_again_in_the_same_session() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, MODERN);
     assert_eq!(guest.write(0, 0, &[2; 512]), OK);
     assert!(guest.wire.set_config(32, &[0]));
@@ -254,7 +262,7 @@ fn a_reset_device_starts_again_in_the_same_session() {
 
 #[test]
 fn a_new_call_descriptor_is_used_at_once() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut guest = Guest::boot(&bench.socket, MODERN);
     assert_eq!(guest.write(0, 0, &[2; 512]), OK);
     let fresh = crate::client::Vq::new(0, 128, GPA, true);
@@ -269,7 +277,7 @@ fn a_new_call_descriptor_is_used_at_once() {
 
 #[test]
 fn a_second_client_waits_for_the_first() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let mut first = Guest::boot(&bench.socket, MODERN);
     let socket = bench.socket.clone();
     let second = std::thread::Builder::new().spawn(move || {
@@ -285,9 +293,9 @@ fn a_second_client_waits_for_the_first() {
 
 #[test]
 fn sockets_are_bound_and_removed_with_care() {
-    let bench = Bench::new(Kind::Memory, SIZE, 0);
+    let bench = Bench::new(Kind::Memory, SIZE, false);
     let dir = bench.dir.path();
-    let make = |name: &str| disk::make(dir, name, SIZE, Kind::Memory, 0);
+    let make = |name: &str| disk::make(dir, name, SIZE, Kind::Memory, false);
 
     let long = dir.join("x".repeat(120));
     let error = bench.server.add(make("a"), &long, 1).expect_err("too long");
@@ -303,9 +311,12 @@ fn sockets_are_bound_and_removed_with_care() {
         .add(make("a"), &bench.socket, 1)
         .expect_err("in use");
     assert!(matches!(error, ServeError::Socket { .. }), "{error}");
+    let twin = make("twin");
+    let path = dir.join("twin");
+    bench.server.add(twin.clone(), &path, 1).expect("served");
     let error = bench
         .server
-        .add(make("disk"), &dir.join("b"), 1)
+        .add(twin, &dir.join("b"), 1)
         .expect_err("served already");
     assert!(matches!(error, ServeError::Duplicate(_)), "{error}");
     let error = bench
@@ -315,7 +326,7 @@ fn sockets_are_bound_and_removed_with_care() {
     assert!(matches!(error, ServeError::Queues(0)), "{error}");
 
     let plain = dir.join("plain");
-    drop(disk::open(&plain, false));
+    std::fs::write(&plain, b"mine").expect("a file");
     bench
         .server
         .add(make("a"), &plain, 1)
@@ -327,7 +338,7 @@ fn sockets_are_bound_and_removed_with_care() {
     assert!(stale.exists());
     bench
         .server
-        .add(make("a"), &stale, 1)
+        .add(make("a"), &stale, 2)
         .expect("nobody listens there");
     let mut guest = Guest::boot(&stale, MODERN);
     assert_eq!(guest.read(0, 0, 512), [0; 512]);
@@ -350,7 +361,7 @@ fn sockets_are_bound_and_removed_with_care() {
 
 #[test]
 fn shutting_down_finishes_what_was_begun() {
-    let bench = Bench::new(Kind::Direct, SIZE, 0);
+    let bench = Bench::new(Kind::Direct, SIZE, false);
     let mut guest = Guest::boot(
         &bench.socket,
         Style {
@@ -381,7 +392,7 @@ fn many_disks_share_the_workers() {
         let socket = dir.path().join(format!("{name}.sock"));
         let kind = [Kind::Direct, Kind::Buffered, Kind::Memory][usize::from(i % 3)];
         server
-            .add(disk::make(dir.path(), &name, SIZE, kind, 0), &socket, 2)
+            .add(disk::make(dir.path(), &name, SIZE, kind, false), &socket, 2)
             .expect("served");
         guests.push(Guest::boot(
             &socket,

@@ -37,7 +37,7 @@ fn finish(queue: &mut VirtioBlkQueue<'_, usize>, mut count: usize) {
 fn a_foreign_driver_reads_what_it_wrote() {
     let mut random = Random(seed());
     for kind in [Kind::Direct, Kind::Buffered, Kind::Memory] {
-        let bench = Bench::new(kind, SIZE, 0);
+        let bench = Bench::new(kind, SIZE, false);
         let wanted = VirtioFeatureFlags::VERSION_1.bits()
             | VirtioFeatureFlags::RING_EVENT_IDX.bits()
             | feature::FLUSH
