@@ -1,0 +1,248 @@
+//! Goal: what is said about where disks differ, where their data is, and what is copied in and out
+//! of them is true of their bytes.
+//!
+//! Method: random families over a raw base with holes, beside flat arrays of bytes. Comparisons of
+//! contents are those of the arrays, comparisons of places cover them; extents that say zeros are
+//! zeros; an export is the array, and so is what is imported from it; flattening, with writes in
+//! between, changes no byte, and the pool says the same when opened again. `TIDEPOOL_SEED` replays
+//! one family.
+
+#![expect(clippy::print_stdout, reason = "every seed is printed")]
+
+mod common;
+
+use common::{CLUSTER, Random, fresh, opened};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use tidepool::cowdisk::{
+    self, Base, Comparison, Disk, ExtentKind, NewDisk, Qcow2Sink, RawSink, Sink, StreamSink,
+};
+use tidepool::format::catalogue::BaseFormat;
+use tidepool::pool::Pool;
+
+const BASE_LEN: u64 = 2 << 20;
+
+type Flat = BTreeMap<String, Vec<u8>>;
+
+fn at(offset: u64) -> usize {
+    usize::try_from(offset).expect("small")
+}
+
+fn make_base(random: &mut Random, path: &Path) -> Vec<u8> {
+    let mut bytes = vec![0; at(BASE_LEN)];
+    for _ in 0..6 {
+        let from = random.below(BASE_LEN);
+        let len = random.below(5 * CLUSTER).min(BASE_LEN - from);
+        bytes[at(from)..at(from + len)].fill(0xba);
+    }
+    std::fs::write(path, &bytes).expect("writes");
+    bytes
+}
+
+fn change(random: &mut Random, disk: &Disk, flat: &mut [u8]) {
+    let sectors = disk.size() / 512;
+    let from = random.below(sectors) * 512;
+    let len = (1 + random.below(2 * CLUSTER / 512)) * 512;
+    let len = len.min(disk.size() - from);
+    let range = at(from)..at(from + len);
+    match random.below(4) {
+        0 => {
+            disk.write_zeroes(from, len, random.below(2) == 0)
+                .expect("in range");
+            flat[range].fill(0);
+        }
+        // The same everywhere, so that equal bytes come to be in different places.
+        1 => {
+            disk.write_at(&vec![0xee; range.len()], from)
+                .expect("in range");
+            flat[range].fill(0xee);
+        }
+        _ => {
+            let byte = u8::try_from(random.below(256)).expect("a byte");
+            disk.write_at(&vec![byte; range.len()], from)
+                .expect("in range");
+            flat[range].fill(byte);
+        }
+    }
+}
+
+fn family(random: &mut Random, pool: &Arc<Pool>, base: &Path, bytes: &[u8]) -> Flat {
+    let mut flat = Flat::new();
+    // Longer, shorter and as long as the base, which ends within a cluster of none.
+    let size = [BASE_LEN, BASE_LEN / 2 + 1536, BASE_LEN + 3 * CLUSTER + 512];
+    let size = size[at(random.below(3))];
+    let new = NewDisk {
+        base: Some((base.to_owned(), BaseFormat::Raw)),
+        ..NewDisk::empty("d0", size)
+    };
+    cowdisk::create(pool, &new).expect("creates");
+    let mut first = bytes.to_owned();
+    first.resize(at(size), 0);
+    flat.insert("d0".to_owned(), first);
+    for number in 1..5 {
+        let names: Vec<String> = flat.keys().cloned().collect();
+        for name in &names {
+            let disk = Disk::open(pool, name).expect("opens");
+            for _ in 0..random.below(4) {
+                change(random, &disk, flat.get_mut(name).expect("modelled"));
+            }
+        }
+        let from = names[at(random.below(names.len() as u64))].clone();
+        let fork = format!("d{number}");
+        cowdisk::fork(pool, &from, std::slice::from_ref(&fork)).expect("forks");
+        let copy = flat[&from].clone();
+        flat.insert(fork.clone(), copy);
+        if random.below(4) == 0 {
+            let size = flat[&fork].len() as u64 + CLUSTER + 1024;
+            cowdisk::resize(pool, &fork, size, false).expect("grows");
+            flat.get_mut(&fork).expect("modelled").resize(at(size), 0);
+        }
+    }
+    flat
+}
+
+fn contents(disk: &Disk) -> Vec<u8> {
+    let mut bytes = vec![1; at(disk.size())];
+    disk.read_at(&mut bytes, 0).expect("reads");
+    bytes
+}
+
+fn sectors_that_differ(a: &[u8], b: &[u8]) -> Vec<Range<u64>> {
+    let len = a.len().max(b.len());
+    let (mut a, mut b) = (a.to_owned(), b.to_owned());
+    a.resize(len, 0);
+    b.resize(len, 0);
+    let mut found: Vec<Range<u64>> = Vec::new();
+    for (number, (a, b)) in (0..).zip(a.chunks(512).zip(b.chunks(512))) {
+        if a != b {
+            match found.last_mut() {
+                Some(last) if last.end == number * 512 => last.end += 512,
+                _ => found.push(number * 512..number * 512 + 512),
+            }
+        }
+    }
+    found
+}
+
+fn check_comparisons(pool: &Arc<Pool>, flat: &Flat) {
+    for (one, one_flat) in flat {
+        for (other, other_flat) in flat {
+            let a = Disk::open(pool, one).expect("opens");
+            let b = Disk::open(pool, other).expect("opens");
+            let exact = sectors_that_differ(one_flat, other_flat);
+            let found = cowdisk::diff(&a, &b, Comparison::Contents).expect("compares");
+            assert_eq!(found, exact, "contents of {one} and {other}");
+            let places = cowdisk::diff(&a, &b, Comparison::Places).expect("compares");
+            for range in &exact {
+                let is_covered = places
+                    .iter()
+                    .any(|p| p.start <= range.start && range.end <= p.end);
+                assert!(
+                    is_covered,
+                    "places of {one} and {other} leave out {range:?}"
+                );
+            }
+        }
+    }
+}
+
+fn check_extents(disk: &Disk, flat: &[u8]) {
+    let mut end = 0;
+    for extent in disk.extents().expect("is there") {
+        assert_eq!(extent.offset, end, "no gaps");
+        end = extent.end();
+        let bytes = &flat[at(extent.offset)..at(end)];
+        if matches!(extent.kind, ExtentKind::Zero | ExtentKind::Hole) {
+            assert!(bytes.iter().all(|byte| *byte == 0), "{extent:?} is zeros");
+        }
+    }
+    assert_eq!(end, disk.size());
+}
+
+fn check_copies(pool: &Arc<Pool>, dir: &Path, name: &str, flat: &[u8]) {
+    let disk = Disk::open(pool, name).expect("opens");
+    let raw = dir.join(format!("{name}.raw"));
+    let qcow2 = dir.join(format!("{name}.qcow2"));
+    let mut stream = Vec::new();
+    let size = disk.size();
+    let sinks: [Box<dyn Sink + '_>; 3] = [
+        Box::new(RawSink::create(&raw, size).expect("makes it")),
+        Box::new(Qcow2Sink::create(&qcow2, size).expect("makes it")),
+        Box::new(StreamSink::new(&mut stream)),
+    ];
+    for mut sink in sinks {
+        let mut last = 0;
+        let written = cowdisk::export(&disk, &mut *sink, &mut |done, _| last = done);
+        assert!(written.expect("exports") <= size);
+        assert_eq!(last, size, "progress comes to its end");
+    }
+    assert!(
+        std::fs::read(&raw).expect("reads") == flat,
+        "raw export of {name}"
+    );
+    assert!(stream == flat, "stream of {name}");
+    for (path, format) in [(&raw, BaseFormat::Raw), (&qcow2, BaseFormat::Qcow2)] {
+        let image = Base::examine(path, format).and_then(|base| Base::open(&base));
+        let image = image.expect("opens");
+        let copy = common::disk(pool, "copy", size);
+        cowdisk::import(&image, &copy, &mut |_, _| {}).expect("imports");
+        assert!(contents(&copy) == flat, "{format:?} copy of {name}");
+        drop(copy);
+        cowdisk::remove(pool, "copy", false).expect("nothing depends on it");
+        std::fs::remove_file(path).expect("removes");
+    }
+}
+
+fn check_flatten(random: &mut Random, pool: &Arc<Pool>, name: &str, flat: &mut [u8]) {
+    let disk = Disk::open(pool, name).expect("opens");
+    let result = cowdisk::flatten(pool, name, &mut |done, total| {
+        if done < total {
+            change(random, &disk, flat);
+        }
+    });
+    result.expect("flattens");
+    assert!(pool.find(name).expect("is there").row.base.is_none());
+    assert!(contents(&disk) == flat, "{name}, flattened");
+    drop(disk);
+    let disk = Disk::open(pool, name).expect("opens");
+    assert!(disk.base().is_none());
+    assert!(
+        contents(&disk) == flat,
+        "{name}, flattened and opened again"
+    );
+}
+
+#[test]
+fn comparisons_extents_and_copies_tell_the_truth() {
+    let seeds = match std::env::var("TIDEPOOL_SEED") {
+        Ok(seed) => vec![seed.parse().expect("a number")],
+        Err(_) => (0..12).collect(),
+    };
+    for seed in seeds {
+        println!("TIDEPOOL_SEED={seed}");
+        let mut random = Random(seed);
+        let dir = tempfile::tempdir().expect("a directory");
+        let base = dir.path().join("base.raw");
+        let bytes = make_base(&mut random, &base);
+        let (storage, pool) = fresh();
+        let mut flat = family(&mut random, &pool, &base, &bytes);
+        check_comparisons(&pool, &flat);
+        for (name, flat) in &flat {
+            check_extents(&Disk::open(&pool, name).expect("opens"), flat);
+            check_copies(&pool, dir.path(), name, flat);
+        }
+        check_flatten(
+            &mut random,
+            &pool,
+            "d1",
+            flat.get_mut("d1").expect("modelled"),
+        );
+        check_comparisons(&pool, &flat);
+        pool.close().expect("closes");
+        drop(pool);
+        let pool = opened(&storage);
+        check_comparisons(&pool, &flat);
+    }
+}
