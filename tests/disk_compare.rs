@@ -7,8 +7,6 @@
 //! between, changes no byte, and the pool says the same when opened again. `TIDEPOOL_SEED` replays
 //! one family.
 
-#![expect(clippy::print_stdout, reason = "every seed is printed")]
-
 mod common;
 
 use common::{CLUSTER, Random, fresh, opened};

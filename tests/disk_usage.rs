@@ -6,8 +6,6 @@
 //! the last one leaves nothing used. For a disk alone, what is not reclaimable is its data.
 //! `TIDEPOOL_SEED` replays one family.
 
-#![expect(clippy::print_stdout, reason = "every seed is printed")]
-
 mod common;
 
 use common::{CLUSTER, Random, SUB, disk, fresh};

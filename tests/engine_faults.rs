@@ -341,7 +341,7 @@ fn the_half_that_replay_begins_in_is_not_written_over() {
         d.write_at(&bytes(round, SUB), u64::from(round) * CLUSTER)
             .expect("writes");
         d.flush().expect("flushes");
-        let after = common::opened(&Arc::new(storage.crash_all_lost()));
+        let after = opened(&Arc::new(storage.crash_all_lost()));
         let d = Disk::open(&after, "d").expect("it is there");
         assert_eq!(read(&d, u64::from(round) * CLUSTER, SUB), bytes(round, SUB));
     }

@@ -9,8 +9,6 @@
 //! holds a number of its own, so that foreign, stale and torn data show. `TIDEPOOL_SEED` chooses
 //! the random histories, `TIDEPOOL_SECONDS` runs more of them.
 
-#![expect(clippy::print_stdout, reason = "seeds and counts are printed")]
-
 mod common;
 
 use common::{CLUSTER, POOL_LEN, Random, SUB};
