@@ -117,6 +117,19 @@ impl Row {
         if row.size == 0 || !row.size.is_multiple_of(super::units::SECTOR) {
             return Err(bad("size", row.size));
         }
+        // Ids only grow: a parent is older, and chains of parents end.
+        if let Some(parent) = row
+            .parent
+            .filter(|parent| *parent >= row.id || parent.0 == 0)
+        {
+            return Err(bad("parent", u64::from(parent.0)));
+        }
+        if row.family.0 == 0 || row.family > row.id {
+            return Err(bad("family", u64::from(row.family.0)));
+        }
+        if row.base_len > row.size {
+            return Err(bad("base_len", row.base_len));
+        }
         check_name(&row.name, row.kind).map_err(|reason| FormatError::Row {
             reason: format!("name: {reason}"),
         })?;

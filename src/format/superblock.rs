@@ -25,6 +25,8 @@ pub const JOURNAL_HALF_MIN: u64 = 1 << 20;
 /// Largest journal half, bytes.
 pub const JOURNAL_HALF_MAX: u64 = 64 << 20;
 
+/// Largest sequence number or generation taken for real.
+const COUNTER_MAX: u64 = 1 << 62;
 const MAGIC: [u8; 8] = *b"TIDEPOOL";
 const SALT: [u8; 4] = *b"TPSB";
 const WHAT: &str = "superblock";
@@ -258,6 +260,19 @@ impl Superblock {
         let [first, second] = superblock.journal_half;
         if first != JOURNAL_AT || second != JOURNAL_AT.saturating_add(half_len) {
             return Err(field("journal_half", second));
+        }
+        // Counters that a life of writing never reaches, so that nothing ever overflows.
+        let counters = [
+            ("generation", superblock.generation),
+            ("start_seq", start.seq),
+            ("image_seq", image.map_or(0, |image| image.seq)),
+            ("open_epoch", u64::from(superblock.open_epoch) << 31),
+        ];
+        if let Some((name, value)) = counters.into_iter().find(|(_, n)| *n > COUNTER_MAX) {
+            return Err(field(name, value));
+        }
+        if start.seq == 0 {
+            return Err(field("start_seq", 0));
         }
         if start.half > 1 {
             return Err(field("start_half", u64::from(start.half)));

@@ -93,6 +93,24 @@ impl Catalogue {
         Some(item)
     }
 
+    /// `Err` if a pool cannot have `row` beside what is here.
+    ///
+    /// # Errors
+    /// A size no map can have, or the name of another disk.
+    pub fn check_row(&self, row: &Row, size: ClusterSize) -> Result<(), PoolError> {
+        if row.size > size.disk_bytes_max() {
+            let what = format!("disk `{}` has {} bytes", row.name, row.size);
+            return Err(PoolError::damaged(what));
+        }
+        match self.names.get(&row.name) {
+            Some(id) if *id != row.id => Err(PoolError::damaged(format!(
+                "disks {id} and {} are both named `{}`",
+                row.id, row.name
+            ))),
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// Replays one record on top of what is here. Only at open: nothing is in flight, and counts
     /// are derived afterwards.
     ///
@@ -108,6 +126,7 @@ impl Catalogue {
             |id: DiskId| PoolError::damaged(format!("a record of disk {id}, which is not there"));
         match record {
             Record::Row(row) => {
+                self.check_row(&row, size)?;
                 replay.next_disk = replay.next_disk.max(row.id.0.saturating_add(1));
                 match self.items.get(&row.id).map(|item| Arc::clone(&item.volume)) {
                     Some(volume) => {
@@ -123,7 +142,9 @@ impl Catalogue {
             }
             Record::Map { disk, lcn, entry } => {
                 let item = self.items.get(&disk).ok_or_else(|| unknown(disk))?;
-                item.volume.map.write().replay_entry(replay, lcn, entry);
+                let mut map = item.volume.map.write();
+                map.check_inside(lcn, 1, size)?;
+                map.replay_entry(replay, lcn, entry);
             }
             Record::Unmap {
                 disk,
@@ -132,10 +153,9 @@ impl Catalogue {
                 is_zeroed,
             } => {
                 let item = self.items.get(&disk).ok_or_else(|| unknown(disk))?;
-                item.volume
-                    .map
-                    .write()
-                    .replay_unmap(replay, first, count, is_zeroed);
+                let mut map = item.volume.map.write();
+                map.check_inside(first, count, size)?;
+                map.replay_unmap(replay, first, count, is_zeroed);
             }
             Record::Fork {
                 from,
@@ -144,6 +164,11 @@ impl Catalogue {
             } => {
                 let source = self.items.get(&from).ok_or_else(|| unknown(from))?;
                 let target = self.items.get(&to).ok_or_else(|| unknown(to))?;
+                if source.row.family != target.row.family {
+                    let (from, to) = (&source.row.name, &target.row.name);
+                    let what = format!("`{to}` became a fork of `{from}`, of another family");
+                    return Err(PoolError::damaged(what));
+                }
                 replay.generation = replay.generation.max(generation.0.saturating_add(1));
                 let tree = {
                     let mut map = source.volume.map.write();

@@ -2,6 +2,7 @@
 //! written again only when a complete checkpoint image covers everything in it.
 
 use super::error::PoolError;
+use crate::format::FormatError;
 use crate::format::journal::{
     BatchHeader, BatchWriter, HEADER_LEN, Record, SLOT_LEN, Stamp, decode_batch, decode_header,
 };
@@ -228,9 +229,12 @@ impl Journal {
         storage
             .read_at(&mut batch, at)
             .map_err(PoolError::storage("reading the journal"))?;
-        Ok(decode_batch(&header, &batch)
-            .ok()
-            .map(|records| (header, records)))
+        match decode_batch(&header, &batch) {
+            Ok(records) => Ok(Some((header, records))),
+            Err(FormatError::Checksum { .. } | FormatError::Short { .. }) => Ok(None),
+            // Whole, and the next one: it was acknowledged, and to stop before it would lose it.
+            Err(e) => Err(e.into()),
+        }
     }
 
     fn is_next(&self, header: &BatchHeader) -> bool {

@@ -17,6 +17,7 @@ use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
 use crate::format::units::{Cluster, DiskId, bytes_of, index};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Arc;
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// What replay carries along.
@@ -119,12 +120,25 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
     for disk in frozen.disks {
         let (row, tree) = (disk.row, disk.tree);
         let volume = Volume::new(&row, tree, disk.last_fork, disk.changed, size);
+        catalogue.check_row(&row, size)?;
+        if catalogue.get(row.id).is_some() {
+            let what = format!("checkpoint image: disk {} twice", row.id);
+            return Err(PoolError::damaged(what));
+        }
+        replay.next_disk = replay.next_disk.max(row.id.0.saturating_add(1));
         catalogue.put(row, &Arc::new(volume));
     }
     let mut journal = Journal::new(&superblock);
     let journal_fault = loop {
         let records = match journal.replay_next(storage) {
             Ok(Some(records)) => records,
+            Ok(None) if journal.last_seq() < journal.image_seq() => {
+                break Some(PoolError::damaged(format!(
+                    "the journal ends with batch {}, but the checkpoint image has batch {}",
+                    journal.last_seq(),
+                    journal.image_seq()
+                )));
+            }
             Ok(None) => break None,
             Err(fault) => break Some(fault),
         };
@@ -174,9 +188,10 @@ fn load_image(
     };
     let mut extents = Vec::new();
     let mut clusters = Vec::new();
+    let mut heads = HashSet::new();
     let mut head = image.head;
     while head != 0 {
-        if clusters.len() > index(superblock.cluster_count) {
+        if !heads.insert(head) {
             return Err(PoolError::damaged(
                 "checkpoint image: its extent lists go round in a ring",
             ));
@@ -239,15 +254,31 @@ pub(super) fn derive(loaded: &Loaded, space: &Space) -> Vec<EntryFault> {
             }),
         }
     }
+    // Births are of generations that have begun.
+    let generation_end = loaded.replay.generation.saturating_add(1);
     let mut seen = Seen::default();
     for item in loaded.catalogue.iter() {
         let family = u64::from(item.row.family.0);
         let map = item.volume.map.read();
-        seen.walk(&map.tree, &mut |leaf, _, node| {
+        let clusters = size.count(map.size).unwrap_or(u32::MAX);
+        seen.set_family(item.row.family.0);
+        let clashes = seen.clashes().len();
+        seen.walk(&map.tree, &mut |leaf, is_shared, node| {
             for (lcn, entry) in (leaf * 64..).zip(&node.entries) {
                 // Packed so that it is never 0: disk ids begin at 1.
                 let owner = (family << 32) | u64::from(lcn);
-                if let Some(what) = check_entry(entry, first, count, owner, &mut used, space) {
+                let fault = check_entry(entry, first, count, owner, &mut used, space);
+                let is_mine = entry.own != 0 && entry.birth > map.last_fork.0;
+                let fault = if fault.is_some() {
+                    fault
+                } else if entry.clusters() != [0, 0] && lcn >= clusters {
+                    Some("beyond the end of the disk".to_owned())
+                } else if entry.birth >= generation_end || (is_shared && is_mine) {
+                    Some("it would be written in place although it may be shared".to_owned())
+                } else {
+                    None
+                };
+                if let Some(what) = fault {
                     faults.push(EntryFault {
                         disk: item.row.name.clone(),
                         lcn,
@@ -256,6 +287,12 @@ pub(super) fn derive(loaded: &Loaded, space: &Space) -> Vec<EntryFault> {
                 }
             }
         });
+        let clashes = &seen.clashes()[clashes..];
+        faults.extend(clashes.iter().map(|number| EntryFault {
+            disk: item.row.name.clone(),
+            lcn: *number,
+            what: "a map node belongs to another place too".to_owned(),
+        }));
     }
     let mut free_from = first;
     for (cluster, used) in (0..count).zip(&used).skip(index(first)) {

@@ -423,6 +423,21 @@ impl Map {
         self.birth = row.birth_generation;
     }
 
+    /// `Err` if clusters `first..first + count` are not in this disk.
+    ///
+    /// # Errors
+    /// [`PoolError::Damaged`].
+    pub fn check_inside(&self, first: Lcn, count: u32, size: ClusterSize) -> Result<(), PoolError> {
+        let all = size.count(self.size).unwrap_or(u32::MAX);
+        match first.0.checked_add(count) {
+            Some(end) if end <= all => Ok(()),
+            Some(_) | None => Err(PoolError::damaged(format!(
+                "a record of {count} clusters from {} of disk {}, which has {all}",
+                first.0, self.id
+            ))),
+        }
+    }
+
     /// `lcn` maps to `entry`.
     pub fn replay_entry(&mut self, replay: &Replay, lcn: Lcn, entry: Entry) {
         let (leaf, place) = leaf_of(lcn);
@@ -444,6 +459,12 @@ impl Map {
             if place == 0 && end - lcn >= 64 {
                 self.tree.replace_leaf(leaf, zero_leaf.clone());
                 lcn += 64;
+                if !is_zeroed {
+                    // Huge discards of nothing take no time.
+                    let last_leaf = end / 64;
+                    let next = self.tree.next_leaf(lcn / 64).unwrap_or(last_leaf);
+                    lcn = lcn.max(next.min(last_leaf) * 64);
+                }
             } else {
                 self.tree.leaf_mut(leaf, &replay.counts).entries[place] = new;
                 lcn += 1;
