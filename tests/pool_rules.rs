@@ -274,12 +274,13 @@ fn r2_what_a_record_names_is_durable_before_it() {
     let d = disk(&pool, "d", 4 * CLUSTER);
     d.write_at(&bytes(7, 2 * CLUSTER), 0).expect("writes");
     let before = storage.counters();
-    storage.cut_power_at(1);
-    d.flush().expect_err("cut in the journal write");
+    storage.cut_power_at(0);
+    d.flush().expect_err("cut in the first thing it does");
+    let after = storage.counters();
+    assert_eq!(after.flushes, before.flushes + 1, "the data comes first");
     assert_eq!(
-        storage.counters().flushes,
-        before.flushes + 1,
-        "the data comes first"
+        after.durable_writes, before.durable_writes,
+        "and the journal later"
     );
     let (storage, pool) = fresh();
     let d = disk(&pool, "d", 4 * CLUSTER);

@@ -309,12 +309,16 @@ impl super::volume::Map {
     ) {
         let (mut subs, mut clusters) = (0_u64, 0_u32);
         let birth = self.birth.0;
-        walk_all(&self.tree, &mut |_, _, leaf| {
-            for entry in leaf.entries.iter().filter(|entry| entry.birth > birth) {
-                subs += u64::from(entry.alloc.count_ones());
-                clusters += u32::from(entry.own != 0);
-            }
-        });
+        // Without a limit or a reserve nothing is counted: a rollback takes no longer on a large
+        // disk than on a small one.
+        if row.limit.is_some() || row.reserve.is_some() {
+            walk_all(&self.tree, &mut |_, _, leaf| {
+                for entry in leaf.entries.iter().filter(|entry| entry.birth > birth) {
+                    subs += u64::from(entry.alloc.count_ones());
+                    clusters += u32::from(entry.own != 0);
+                }
+            });
+        }
         self.set_limit(row.limit, size);
         self.used_subs = subs;
         let wanted = row.reserve.and_then(|bytes| size.count(bytes)).unwrap_or(0);
