@@ -71,6 +71,7 @@ impl Progress {
         match self.face {
             Face::None => {}
             Face::Bar(bar) => bar.finish_and_clear(),
+            Face::Lines { .. } if self.done == 0 => {}
             Face::Lines { .. } => {
                 let seconds = (clock::now() - self.began).as_secs_f64();
                 let done = human::bytes(self.done);
