@@ -112,7 +112,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn execute(command: Command, output: Output) -> Result<Reply, Failure> {
     match command {
-        Command::Pool(command) => pool::execute(command),
+        Command::Pool(command) => pool::execute(command, output),
         Command::Disk(command) => disk::execute(command, output),
         Command::Serve(args) => serve::execute(&args, output),
         Command::Completions { shell } => {

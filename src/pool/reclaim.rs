@@ -13,6 +13,8 @@ use std::time::Duration;
 const PUNCH_LEN_MAX: u64 = 1 << 20;
 /// Map nodes and clusters released between two looks at other work.
 const REAP_STEPS: usize = 65536;
+/// Clusters given back between two reports of progress.
+const CLUSTERS_PER_LOOK: u32 = 256;
 /// How long nothing must have happened before freed space goes back ([`Return::Idle`]).
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -52,19 +54,39 @@ impl Pool {
     /// # Errors
     /// As [`Pool::punch_written`].
     pub fn trim(&self) -> Result<u64, PoolError> {
+        self.trim_with(&mut |_, _| {})
+    }
+
+    /// As [`Pool::trim`]; `progress` is told bytes looked at, and bytes in all.
+    ///
+    /// # Errors
+    /// As [`Pool::punch_written`].
+    pub fn trim_with(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<u64, PoolError> {
         self.check_writable()?;
         let reading = || PoolError::storage("asking the host for its allocation");
         let before = self.storage.allocated().map_err(reading())?;
         self.flush()?;
         while self.reap(REAP_STEPS) {}
-        self.punch_written(u32::MAX)?;
+        let written = u64::from(self.space.usage().written) * self.cluster_size.bytes();
+        let total = written + self.superblock().pool_len();
+        let mut done = 0;
+        loop {
+            let punched = self.punch_written(CLUSTERS_PER_LOOK)?;
+            done += u64::from(punched) * self.cluster_size.bytes();
+            progress(done.min(written), total);
+            if punched < CLUSTERS_PER_LOOK {
+                break;
+            }
+        }
         let mut at = 0;
         while let Some((start, end)) = self.storage.next_data(at).map_err(reading())? {
             let first = self.cluster_size.split(start).0.0;
             let last = self.cluster_size.count(end).unwrap_or(u32::MAX);
             self.punch_clean(first..last)?;
             at = end;
+            progress((written + at).min(total), total);
         }
+        progress(total, total);
         let after = self.storage.allocated().map_err(reading())?;
         Ok(before.saturating_sub(after))
     }

@@ -6,7 +6,8 @@ use super::args::parse_size;
 use super::failure::Failure;
 use super::human;
 use super::open;
-use super::output::Reply;
+use super::output::{Output, Reply};
+use super::progress::Progress;
 use crate::cowdisk::{self, PoolUsage};
 use crate::format::catalogue::RowKind;
 use crate::format::superblock::{SUPERBLOCK_LEN, Superblock};
@@ -135,7 +136,7 @@ fn parse_cluster(text: &str) -> Result<ClusterSize, String> {
 ///
 /// # Errors
 /// What it failed at.
-pub(super) fn execute(command: PoolCommand) -> Result<Reply, Failure> {
+pub(super) fn execute(command: PoolCommand, output: Output) -> Result<Reply, Failure> {
     match command {
         PoolCommand::Create(create) => run_create(&create),
         PoolCommand::Info(target) => open::reading(&target.pool, |pool| info(&target.pool, pool)),
@@ -143,7 +144,7 @@ pub(super) fn execute(command: PoolCommand) -> Result<Reply, Failure> {
         PoolCommand::Dump(args) => inspect::dump(&args),
         PoolCommand::Resize(args) => resize(&args),
         PoolCommand::Ls(ls) => list(ls),
-        PoolCommand::Trim(target) => trim(&target.pool),
+        PoolCommand::Trim(target) => trim(&target.pool, output),
     }
 }
 
@@ -369,10 +370,12 @@ fn resize(args: &Resize) -> Result<Reply, Failure> {
     })
 }
 
-fn trim(path: &Path) -> Result<Reply, Failure> {
-    open::writing(path, "started by tidepool pool trim", |pool| {
+fn trim(path: &Path, output: Output) -> Result<Reply, Failure> {
+    let mut progress = Progress::new(output, "trimming");
+    let result = open::writing(path, "started by tidepool pool trim", |pool| {
         let failed = |e: &crate::pool::PoolError| Failure::pool(path.display(), e);
-        let returned = pool.trim().map_err(|e| failed(&e))?;
+        let returned = pool.trim_with(&mut |done, total| progress.update(done, total));
+        let returned = returned.map_err(|e| failed(&e))?;
         let allocated = pool.storage().allocated();
         let allocated = allocated.map_err(|e| Failure::io(path, "measure", &e))?;
         let text = format!(
@@ -384,7 +387,9 @@ fn trim(path: &Path) -> Result<Reply, Failure> {
         let json =
             json!({ "pool": path, "returned_bytes": returned, "host_allocated_bytes": allocated });
         Ok(Reply::new(json, text))
-    })
+    });
+    progress.finish();
+    result
 }
 
 #[cfg(test)]
