@@ -136,3 +136,30 @@ fn links_of_a_chain_go_in_any_order_and_give_back_what_was_theirs() {
         }
     }
 }
+
+#[test]
+fn what_open_disks_set_aside_is_there_for_a_full_pool() {
+    let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(32 << 20));
+    let pool = new_pool(storage, 32 << 20);
+    // Each writes one cluster, and sets more aside; all stay open.
+    let disks: Vec<Disk> = (0..20)
+        .map(|n| {
+            let name = format!("d{n}");
+            cowdisk::create(&pool, &NewDisk::empty(&name, 32 << 20)).expect("creates");
+            let disk = Disk::open(&pool, &name).expect("opens");
+            disk.write_at(&block(n, 0), 0).expect("writes");
+            disk
+        })
+        .collect();
+    let free = cowdisk::usage(&pool).expect("measures");
+    let usable = free.free - free.reserved;
+    for at in 0..usable / pool.cluster_size().bytes() {
+        disks[0]
+            .write_at(&block(0, at), (at + 1) << 16)
+            .expect("the pool is not full yet");
+    }
+    let e = disks[0]
+        .write_at(&block(0, 0), 31 << 20)
+        .expect_err("now it is");
+    assert_eq!(e.kind(), cowdisk::DiskErrorKind::NoSpace);
+}

@@ -94,6 +94,7 @@ fn a_full_host_is_an_error_and_nothing_worse() {
     disk.flush().expect("flushes");
     drop(disk);
     pool.close().expect("closes");
+    drop(pool);
 
     let report = check(&FileStorage::open(&path, Access::ReadOnly).expect("opens")).expect("reads");
     assert!(report.faults.is_empty(), "{:?}", report.faults);

@@ -31,7 +31,10 @@ pub(super) struct Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.volume.opens.fetch_sub(1, Ordering::SeqCst);
+        if self.volume.opens.fetch_sub(1, Ordering::SeqCst) == 1 {
+            // Nobody writes any more: what was set aside for the next writes is for others.
+            self.volume.map.write().drop_slab(&self.pool.space);
+        }
     }
 }
 

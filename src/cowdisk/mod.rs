@@ -3,6 +3,39 @@
 //! The data path is sans-I/O: a plan turns a request into segments of the pool's file and the
 //! base, the caller's ring moves the bytes, and completion publishes them. One plan serves the
 //! vhost workers, the blocking face below, and the simulator alike.
+//!
+//! A front end of one's own, which moves the bytes itself:
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
+//! # use tidepool::storage::{SimStorage, Storage};
+//! use std::task::Waker;
+//! use tidepool::cowdisk::{self, Disk, NewDisk, Source, Step, WritePlan};
+//! # let store = Arc::new(SimStorage::new(64 << 20));
+//! # open::create(&*store, &CreateOptions::new(64 << 20))?;
+//! # let pool = Pool::open(Arc::clone(&store) as Arc<dyn Storage>, &OpenOptions::default())?;
+//! cowdisk::create(&pool, &NewDisk::empty("disk", 1 << 30))?;
+//! let disk = Disk::open(&pool, "disk")?;
+//!
+//! // A request holds a pass from its plan until its I/O is done.
+//! let pass = disk.enter(0, Waker::noop()).ok_or("draining: try again when woken")?;
+//! let mut plan = WritePlan::default();
+//! let Step::Ready = disk.plan_write(&pass, 8192, 4096, &mut plan, Waker::noop())? else {
+//!     return Err("busy, full, or something must be copied first".into());
+//! };
+//! for segment in plan.segments() {
+//!     let len = usize::try_from(segment.len)?;
+//!     store.write_at(&vec![7; len], segment.to)?; // or a ring of one's own
+//! }
+//! disk.complete_write(&mut plan, true);
+//!
+//! let mut segments = Vec::new();
+//! disk.plan_read(&pass, 4096, 8192, &mut segments)?;
+//! assert_eq!(segments[0].source, Source::Zero);
+//! assert!(matches!(segments[1].source, Source::Pool(_)));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod base;
 mod copy;

@@ -152,6 +152,7 @@ impl Disk {
                 let purpose = map.purpose();
                 drop(map);
                 if matches!(step, Step::Full) {
+                    self.pool().take_back_slabs();
                     self.pool().space.wait_for_space(purpose, waker);
                     self.pool().hurry();
                 }

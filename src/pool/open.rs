@@ -267,9 +267,7 @@ impl Pool {
             return Ok(());
         }
         self.flush()?;
-        for item in self.items() {
-            item.volume.map.write().drop_slab(&self.space);
-        }
+        self.take_back_slabs();
         while self.reap(usize::MAX) {}
         if self.returning != Return::Never {
             self.punch_written(u32::MAX)?;

@@ -19,6 +19,14 @@ const CLUSTERS_PER_LOOK: u32 = 256;
 const IDLE: Duration = Duration::from_millis(500);
 
 impl Pool {
+    /// Takes back the clusters that disks have set aside for their next writes: a full pool has
+    /// none to spare for that.
+    pub fn take_back_slabs(&self) {
+        for item in self.items() {
+            item.volume.map.write().drop_slab(&self.space);
+        }
+    }
+
     /// Gives back up to `most` clusters that were written and freed. Each is out of the free list
     /// while it is punched (R4).
     ///

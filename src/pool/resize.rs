@@ -49,9 +49,7 @@ impl Pool {
 
     fn shrink(&self, from: u32, to: u32) -> Result<(), PoolError> {
         self.flush()?;
-        for item in self.items() {
-            item.volume.map.write().drop_slab(&self.space);
-        }
+        self.take_back_slabs();
         while self.reap(usize::MAX) {}
         self.punch_written(u32::MAX)?;
         let taken = self.space.take_clean_in(to..from);

@@ -70,6 +70,7 @@ pub struct Map {
     /// Whether the pool knows that there is something to collect here.
     pub is_listed: bool,
     slab: Range<u32>,
+    is_slab_reserved: bool,
     dirty_leaves: Vec<u32>,
     unmaps: Vec<(Lcn, u32, bool)>,
     drops: Vec<Dropped>,
@@ -101,6 +102,7 @@ impl Volume {
             is_deleted: false,
             is_listed: false,
             slab: 0..0,
+            is_slab_reserved: false,
             dirty_leaves: Vec::new(),
             unmaps: Vec::new(),
             drops: Vec::new(),
@@ -191,8 +193,10 @@ impl Map {
                 let most = SLAB_CLUSTERS_MAX.min(self.reserve_left);
                 let slab = space.take(most, Purpose::ReservedData)?;
                 self.reserve_left -= slab.end - slab.start;
+                self.is_slab_reserved = true;
                 slab
             } else {
+                self.is_slab_reserved = false;
                 space.take(SLAB_CLUSTERS_MAX, Purpose::Data)?
             };
         }
@@ -201,6 +205,11 @@ impl Map {
 
     /// Gives back what was set aside and not used.
     pub fn drop_slab(&mut self, space: &Space) {
+        if self.is_slab_reserved {
+            // The promise stays: what was reserved and not used is reserved again.
+            self.reserve_left += self.slab_len();
+            space.change_disk_reserve(i64::from(self.slab_len()));
+        }
         space.give_back(std::mem::take(&mut self.slab), true);
     }
 
