@@ -212,6 +212,43 @@ fn check_flatten(random: &mut Random, pool: &Arc<Pool>, name: &str, flat: &mut [
     );
 }
 
+/// Commits `name`, the only disk left over the base, into it.
+fn check_commit(pool: &Arc<Pool>, base: &Path, bytes: &[u8], name: &str, flat: &[u8]) {
+    let refused = cowdisk::commit_to_base(pool, name, false, &mut |_, _| {});
+    let refused = refused.expect_err("others have the same base").to_string();
+    assert!(refused.contains("is the base of"), "{refused}");
+    let others = pool.items().into_iter().map(|item| item.row.name);
+    for other in others.filter(|other| other != name) {
+        cowdisk::remove(pool, &other, true).expect("nothing depends on it");
+    }
+    let open = Disk::open(pool, name).expect("opens");
+    cowdisk::commit_to_base(pool, name, false, &mut |_, _| {}).expect_err("in use");
+    drop(open);
+    cowdisk::commit_to_base(pool, name, false, &mut |_, _| {}).expect("commits");
+    let mut expected = bytes.to_owned();
+    expected.resize(flat.len().max(bytes.len()), 0);
+    expected[..flat.len()].copy_from_slice(flat);
+    assert!(
+        std::fs::read(base).expect("reads") == expected,
+        "the base is the disk"
+    );
+    let disk = Disk::open(pool, name).expect("opens");
+    assert!(contents(&disk) == flat, "{name}, committed");
+    let usage = cowdisk::usage(pool).expect("measures");
+    assert_eq!(usage.used, 0, "it holds nothing of its own");
+    drop(disk);
+    // As an interrupted commit leaves it.
+    std::fs::File::options()
+        .append(true)
+        .open(base)
+        .and_then(|file| file.set_modified(std::time::UNIX_EPOCH))
+        .expect("sets its time");
+    Disk::open(pool, name).expect_err("the base has changed");
+    cowdisk::commit_to_base(pool, name, false, &mut |_, _| {}).expect_err("it has changed");
+    cowdisk::commit_to_base(pool, name, true, &mut |_, _| {}).expect("finishes");
+    assert!(contents(&Disk::open(pool, name).expect("opens")) == flat);
+}
+
 #[test]
 fn comparisons_extents_and_copies_tell_the_truth() {
     let seeds = match std::env::var("TIDEPOOL_SEED") {
@@ -242,5 +279,13 @@ fn comparisons_extents_and_copies_tell_the_truth() {
         drop(pool);
         let pool = opened(&storage);
         check_comparisons(&pool, &flat);
+        check_commit(&pool, &base, &bytes, "d0", &flat["d0"]);
+        pool.close().expect("closes");
+        drop(pool);
+        let disk = Disk::open(&opened(&storage), "d0").expect("opens");
+        assert!(
+            contents(&disk) == flat["d0"],
+            "d0, committed and opened again"
+        );
     }
 }

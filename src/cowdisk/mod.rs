@@ -38,6 +38,7 @@
 //! ```
 
 mod base;
+mod commit_base;
 mod copy;
 mod diff;
 mod discard;
@@ -55,6 +56,7 @@ mod write;
 
 pub use crate::storage::Tier;
 pub use base::Base;
+pub use commit_base::commit_to_base;
 pub use copy::CopyJob;
 pub use diff::{Comparison, diff};
 pub use disk::Disk;

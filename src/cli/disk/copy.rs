@@ -1,7 +1,7 @@
 //! Commands that move data: import, export, flatten, commit.
 
 use super::change::{guess_format, with_pool};
-use super::{Export, Flatten, ImageFormat, Import};
+use super::{Commit, Export, Flatten, ImageFormat, Import};
 use crate::cli::args::ItemRef;
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, Reply};
@@ -10,6 +10,7 @@ use crate::cli::{human, open};
 use crate::cowdisk::{self, Base, Disk, DiskError, NewDisk, Qcow2Sink, RawSink, Sink, StreamSink};
 use crate::format::catalogue::{RowKind, check_name};
 use crate::pool::Pool;
+use crate::pool::catalogue::Catalogue;
 use crate::storage::OpenError;
 use crate::sync::Arc;
 use crate::sys::file;
@@ -215,16 +216,37 @@ pub(super) fn flatten(args: &Flatten, output: Output) -> Result<Reply, Failure> 
     Ok(Reply::new(json, text))
 }
 
-pub(super) fn commit(item: &ItemRef) -> Result<Reply, Failure> {
-    let parent = with_pool(item, "commit", |pool| {
-        let parent = pool.find(&item.name)?.row.parent;
+pub(super) fn commit(args: &Commit, output: Output) -> Result<Reply, Failure> {
+    let item = &args.disk;
+    let mut progress = Progress::new(output, "committing");
+    let result = with_pool(item, "commit", |pool| {
+        let row = pool.find(&item.name)?.row;
+        let Some(parent) = row.parent else {
+            let mut show = |done, total| progress.update(done, total);
+            let moved = cowdisk::commit_to_base(pool, &item.name, args.force, &mut show)?;
+            let base = row.base.map(|base| base.path).unwrap_or_default();
+            return Ok((None, base, moved));
+        };
         cowdisk::commit(pool, &item.name)?;
-        let name = |id| pool.with_catalogue(|all| all.get(id).map(|item| item.row.name.clone()));
-        Ok(parent.and_then(name).unwrap_or_default())
-    })?;
-    let json = json!({ "pool": item.pool, "name": item.name, "parent": parent });
+        let name = |all: &Catalogue| all.get(parent).map(|item| item.row.name.clone());
+        let parent = pool.with_catalogue(name).unwrap_or_default();
+        Ok((Some(parent.clone()), parent, 0))
+    });
+    progress.finish();
+    let (parent, target, moved) = result?;
+    let base = match parent {
+        None => Some(&target),
+        Some(_) => None,
+    };
+    let json = json!({
+        "pool": item.pool,
+        "name": item.name,
+        "parent": parent,
+        "base": base,
+        "data_bytes": moved,
+    });
     Ok(Reply::new(
         json,
-        format!("{item}: committed into {parent}\n"),
+        format!("{item}: committed into {target}\n"),
     ))
 }

@@ -49,7 +49,7 @@ pub(super) enum DiskCommand {
     /// Make a disk what it was at a snapshot.
     #[command(after_help = ROLLBACK)]
     Rollback(Snapshot),
-    /// Make the parent of a disk what the disk is, in constant time.
+    /// Make the parent of a disk what the disk is, in constant time; or write it into its raw base.
     #[command(after_help = COMMIT)]
     Commit(Commit),
     /// Copy into the pool what a disk still reads from its base, and drop the base.
@@ -276,9 +276,12 @@ pub(super) struct Snapshot {
 /// `disk commit`
 #[derive(Debug, Args)]
 pub(super) struct Commit {
-    /// The disk whose parent becomes what it is, POOL:NAME.
+    /// The disk whose parent or base becomes what it is, POOL:NAME.
     #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]
     disk: ItemRef,
+    /// Write into a base that is not what it was: to finish a commit that was interrupted.
+    #[arg(long)]
+    force: bool,
 }
 
 /// `disk flatten`
@@ -352,7 +355,7 @@ pub(super) fn execute(command: DiskCommand, output: Output) -> Result<Reply, Fai
         DiskCommand::Fork(args) => change::fork(&args),
         DiskCommand::Snapshot(args) => change::snapshot(&args.snapshot),
         DiskCommand::Rollback(args) => change::rollback(&args.snapshot),
-        DiskCommand::Commit(args) => copy::commit(&args.disk),
+        DiskCommand::Commit(args) => copy::commit(&args, output),
         DiskCommand::Flatten(args) => copy::flatten(&args, output),
         DiskCommand::Import(args) => copy::import(&args, output),
         DiskCommand::Export(args) => copy::export(&args, output),
