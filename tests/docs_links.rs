@@ -168,7 +168,11 @@ fn tests_named(text: &str) -> Vec<(String, Option<String>)> {
         .filter(|l| l.starts_with('|'));
     let spans = rows.flat_map(|line| line.split('`').skip(1).step_by(2));
     spans
-        .filter(|span| span.starts_with("tests/") || span.starts_with("src/"))
+        .filter(|span| {
+            ["tests/", "src/", "fuzz/"]
+                .iter()
+                .any(|dir| span.starts_with(dir))
+        })
         .map(|span| match span.split_once("::") {
             Some((file, function)) => (file.to_owned(), Some(function.to_owned())),
             None => (span.to_owned(), None),
