@@ -17,6 +17,8 @@ mod disk;
 mod guest;
 #[path = "vhost_blk/hostile.rs"]
 mod hostile;
+#[path = "vhost_blk/lost.rs"]
+mod lost;
 #[path = "vhost_blk/session.rs"]
 mod session;
 #[path = "vhost_blk/stranger.rs"]

@@ -14,8 +14,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
+
+use super::mapping::Mapping;
 
 /// Bytes of a host page; mappings start at a multiple of it in their file.
 const PAGE: u64 = 4096;
@@ -31,16 +32,16 @@ pub struct Region {
     hva: u64,
     /// Bytes of the mapping before the region's first byte.
     lead: usize,
-    map: Arc<MmapRegion>,
+    map: Arc<Mapping>,
 }
 
 impl Region {
     /// Maps `len` bytes of `file` from byte `offset` as guest memory at guest-physical address
     /// `gpa`, known to the front end as `hva`.
     ///
-    /// The file must be at least as long as the region: touching a page beyond its end raises
-    /// SIGBUS. A front end that shrinks the file later (possible unless it is a memfd sealed with
-    /// `F_SEAL_SHRINK`) can still do that to us.
+    /// The file must be at least as long as the region, and is sealed with `F_SEAL_SHRINK` if that
+    /// is possible. If the front end shrinks it later all the same, the region is lost
+    /// ([`GuestMemory::is_lost`]).
     ///
     /// # Errors
     /// `InvalidInput` if the numbers overflow or the file is too short; otherwise as mmap(2).
@@ -52,21 +53,9 @@ impl Region {
         if len == 0 || gpa.checked_add(len).is_none() || hva.checked_add(len).is_none() {
             return Err(invalid("region is empty or overflows the address space"));
         }
-        let file_len = file.metadata()?.len();
-        if file_len < end {
-            return Err(invalid(&format!(
-                "region ends at byte {end} of a file of {file_len} bytes"
-            )));
-        }
         let start = offset & !(PAGE - 1);
         let lead = usize::try_from(offset - start).map_err(io::Error::other)?;
-        let size = usize::try_from(end - start).map_err(io::Error::other)?;
-        let map = MmapRegionBuilder::new(size)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::new(file, start))
-            .build()
-            .map_err(io::Error::other)?;
+        let map = Mapping::new(file, start, end)?;
         Ok(Self {
             gpa,
             len,
@@ -164,6 +153,13 @@ impl GuestMemory {
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// Whether the front end took away memory that it had shared. What was read from it since, or
+    /// shortly before, is zeros of ours, and what was written is seen by nobody.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.map.is_lost())
     }
 
     /// The guest-physical address of what the front end knows as `hva`.
@@ -432,7 +428,7 @@ impl Deref for GuestPin {
 /// and panics.
 #[derive(Debug)]
 pub struct Window {
-    map: Arc<MmapRegion>,
+    map: Arc<Mapping>,
     start: usize,
     len: usize,
 }

@@ -7,11 +7,14 @@
 //!   durable writes, holes, open-file-description locks.
 //! - [`fd`]: eventfds, our own and those that come over a socket.
 //! - [`mmap`]: guest memory shared by a vhost-user front end.
+//! - [`sigbus`]: surviving guest memory that is taken away.
 //! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
 
 pub mod buffer;
 pub mod clock;
 pub mod fd;
 pub mod file;
+mod mapping;
 pub mod mmap;
+pub mod sigbus;
 pub mod uring;

@@ -1,6 +1,10 @@
 //! One served disk: what its sessions and queues share.
 
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
 use crate::cowdisk::Disk;
+use crate::metrics::Counter;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::virtio::blk;
@@ -15,6 +19,8 @@ pub(super) struct Device {
     pub(super) queues_max: u16,
     pub(super) flusher: Arc<Flusher>,
     pub(super) helpers: Arc<Helpers>,
+    /// Sessions that lost their memory.
+    lost_sessions: Counter,
     /// The `writeback` field of the configuration space.
     writeback: AtomicBool,
     stats: Mutex<Stats>,
@@ -39,6 +45,7 @@ impl Device {
             queues_max,
             flusher,
             helpers,
+            lost_sessions: Counter::default(),
             writeback: AtomicBool::new(true),
             stats: Mutex::new(Stats::default()),
         }
@@ -84,9 +91,37 @@ impl Device {
     pub(super) fn stats(&self) -> DiskStats {
         let stats = self.stats.lock();
         let mut all = stats.past.clone();
+        all.lost_sessions = self.lost_sessions.get();
         for lane in &stats.running {
             lane.add_to(&mut all);
         }
         all
+    }
+}
+
+/// How a session's queues end it.
+#[derive(Debug)]
+pub(super) struct Leash {
+    device: Arc<Device>,
+    stream: UnixStream,
+    is_cut: AtomicBool,
+}
+
+impl Leash {
+    pub(super) fn new(device: Arc<Device>, stream: UnixStream) -> Self {
+        Self {
+            device,
+            stream,
+            is_cut: AtomicBool::new(false),
+        }
+    }
+
+    /// The client took its memory away: hangs up, once.
+    pub(super) fn cut(&self) {
+        if !self.is_cut.swap(true, Ordering::SeqCst) {
+            self.device.lost_sessions.add(1);
+            // Fails if the client has gone by itself, which is as good.
+            drop(self.stream.shutdown(Shutdown::Both));
+        }
     }
 }

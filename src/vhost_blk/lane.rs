@@ -9,7 +9,7 @@ use crate::sys::mmap::GuestPin;
 use crate::sys::uring::{FileIndex, PollHandle};
 use crate::virtio::queue::SplitQueue;
 
-use super::device::Device;
+use super::device::{Device, Leash};
 use super::files::LaneFiles;
 use super::stats::LaneStats;
 
@@ -25,6 +25,7 @@ pub(super) struct RingBase {
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) device: Arc<Device>,
+    pub(super) leash: Arc<Leash>,
     pub(super) queue: SplitQueue,
     pub(super) memory: GuestPin,
     pub(super) features: u64,
@@ -83,6 +84,14 @@ impl Lane {
             self.state = LaneState::Broken;
             self.stats.record_broken();
             signal(self.error.as_deref());
+        }
+    }
+
+    /// Gives the queue and its session up if its memory was taken away.
+    pub(super) fn check_memory(&mut self) {
+        if self.memory.is_lost() {
+            self.break_down();
+            self.leash.cut();
         }
     }
 

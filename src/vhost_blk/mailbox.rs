@@ -12,7 +12,7 @@ use crate::sys::fd::Event;
 use crate::sys::mmap::GuestMemory;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
 
-use super::device::Device;
+use super::device::{Device, Leash};
 
 /// A queue that is being served, as its worker knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +22,7 @@ pub(super) struct LaneId(pub(super) u32);
 #[derive(Debug)]
 pub(super) struct Start {
     pub(super) device: Arc<Device>,
+    pub(super) leash: Arc<Leash>,
     pub(super) queue: SplitQueue,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) kick: Arc<Event>,

@@ -101,6 +101,8 @@ pub struct DiskStats {
     pub other: OpCounts,
     /// Queues given up because the guest broke the rules.
     pub broken_queues: u64,
+    /// Sessions ended because the client had taken memory away that it had shared.
+    pub lost_sessions: u64,
     /// Times a request had to wait for the pool: for space, for a fork, for a copy to end.
     pub parked: u64,
 }

@@ -62,7 +62,16 @@ pub struct Ram {
 impl Ram {
     pub fn new(gpa: u64, len: usize) -> Self {
         let fd = memfd_create("guest", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING);
-        let file = File::from(fd.expect("memfd"));
+        Self::on(File::from(fd.expect("memfd")), gpa, len)
+    }
+
+    /// In a file on tmpfs, which cannot be sealed.
+    pub fn new_unsealable(gpa: u64, len: usize) -> Self {
+        let file = tempfile::tempfile_in("/dev/shm");
+        Self::on(file.expect("a file on tmpfs"), gpa, len)
+    }
+
+    fn on(file: File, gpa: u64, len: usize) -> Self {
         file.set_len(u64::try_from(len).expect("length"))
             .expect("set_len");
         let shared = file.try_clone().expect("dup");

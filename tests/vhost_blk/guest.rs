@@ -120,6 +120,10 @@ impl Guest {
     }
 
     pub fn try_boot(socket: &Path, style: Style) -> Option<Self> {
+        Self::try_boot_on(Ram::new(GPA, RAM), socket, style)
+    }
+
+    pub fn try_boot_on(ram: Ram, socket: &Path, style: Style) -> Option<Self> {
         let mut wire = Wire::connect(socket);
         wire.tell(req::SET_OWNER, &[], &[]);
         let offered = wire.ask_u64(req::GET_FEATURES);
@@ -133,7 +137,6 @@ impl Guest {
         }
         wire.tell(req::SET_FEATURES, &features.to_le_bytes(), &[]);
         wire.acks = style.protocol.is_some_and(|bits| bits & 8 != 0);
-        let ram = Ram::new(GPA, RAM);
         let is_mapped = if style.slots {
             wire.mem_region(req::ADD_MEM_REG, &ram)
         } else {

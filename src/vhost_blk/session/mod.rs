@@ -19,7 +19,7 @@ use crate::sys::mmap::{GuestMemory, Region};
 use crate::virtio::blk;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
 
-use crate::vhost_blk::device::Device;
+use crate::vhost_blk::device::{Device, Leash};
 use crate::vhost_blk::mailbox::{LaneId, Mailbox, Message, Start};
 
 /// Most memory regions a client may map.
@@ -56,6 +56,7 @@ struct Vring {
 
 struct State {
     device: Arc<Device>,
+    leash: Arc<Leash>,
     pick: PickWorker,
     features: u64,
     regions: Vec<Region>,
@@ -103,11 +104,8 @@ impl State {
 
     /// Starts a ring that has all it needs; one that has not, or runs already, stays as it is.
     fn start_if_ready(&mut self, index: u32) -> Result<()> {
-        let (features, device, memory) = (
-            self.features,
-            Arc::clone(&self.device),
-            Arc::clone(&self.memory),
-        );
+        let (features, memory) = (self.features, Arc::clone(&self.memory));
+        let (device, leash) = (Arc::clone(&self.device), Arc::clone(&self.leash));
         let slot = usize::try_from(index).unwrap_or(usize::MAX);
         let worker = (self.pick)(slot);
         let vring = self.vring(index)?;
@@ -124,6 +122,7 @@ impl State {
         let (reply, answer) = sync_channel(1);
         worker.post(Message::Start(Box::new(Start {
             device,
+            leash,
             queue,
             memory,
             kick: Arc::clone(kick),
@@ -229,8 +228,14 @@ impl Session {
     ) {
         device.set_writeback(true);
         let queues = usize::from(device.queues_max);
+        // Without a descriptor for it there is no serving it either.
+        let Ok(handle) = stream.try_clone() else {
+            return;
+        };
+        let leash = Arc::new(Leash::new(Arc::clone(&device), handle));
         let state = State {
             device,
+            leash,
             pick,
             features: 0,
             regions: Vec::new(),

@@ -59,6 +59,8 @@ impl Worker {
                         Ok(()) => lane.memory = GuestPin::new(memory),
                         Err(_fault) => lane.break_down(),
                     }
+                    // It may have been lost before this lane had it.
+                    lane.check_memory();
                     self.rouse(index);
                 }
                 let _client_left = reply.send(());
@@ -78,6 +80,7 @@ impl Worker {
     pub(super) fn open(&mut self, start: Start) {
         let Start {
             device,
+            leash,
             queue,
             memory,
             kick,
@@ -104,6 +107,7 @@ impl Worker {
             stats: device.open_stats(),
             tier: device.disk.tier(),
             device,
+            leash,
             queue,
             memory: GuestPin::new(memory),
             features,
@@ -117,6 +121,10 @@ impl Worker {
             is_ready: false,
             is_touched: false,
         });
+        if let Some(lane) = lane_mut(&mut self.lanes, index) {
+            // It may have been lost before this lane had it.
+            lane.check_memory();
+        }
         self.rouse(index);
         drop(reply.send(Ok(LaneId(index))));
     }

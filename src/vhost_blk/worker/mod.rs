@@ -23,6 +23,7 @@ use crate::cowdisk::Segment;
 use crate::sync::{Arc, spawn_named};
 use crate::sys::clock;
 use crate::sys::mmap::GuestRun;
+use crate::sys::sigbus;
 use crate::sys::uring::{Completion, Ring};
 use crate::virtio::queue::Chain;
 
@@ -128,6 +129,8 @@ struct Worker {
     messages: Vec<Message>,
     files: Files,
     now: Instant,
+    /// Lost mappings of the process that were seen to.
+    losses: u64,
     is_retry: bool,
     is_quitting: bool,
     // Last: its end waits for the kernel.
@@ -163,6 +166,7 @@ impl Worker {
             messages: Vec::new(),
             files: Files::default(),
             now: clock::now(),
+            losses: sigbus::losses(),
             is_retry: false,
             is_quitting: false,
             ring,
@@ -181,6 +185,7 @@ impl Worker {
             self.serve();
             self.retry();
             self.publish();
+            self.notice_losses();
             let is_empty = self.lanes.iter().all(Option::is_none);
             if self.is_quitting && is_empty {
                 return;
@@ -191,7 +196,10 @@ impl Worker {
 
     /// Submits; waits as well if there is nothing to do.
     fn sleep(&mut self) {
-        let is_idle = self.ready.is_empty() && !self.linger() && !self.arm();
+        let is_idle = self.ready.is_empty()
+            && !self.linger()
+            && !self.arm()
+            && sigbus::losses() == self.losses;
         let result = if is_idle {
             self.ring.wait(self.timeout())
         } else {
@@ -240,6 +248,15 @@ impl Worker {
             }
         }
         !self.ready.is_empty()
+    }
+
+    /// Ends the sessions whose memory was taken away.
+    fn notice_losses(&mut self) {
+        let losses = sigbus::losses();
+        if losses != self.losses {
+            self.losses = losses;
+            self.lanes.iter_mut().flatten().for_each(Lane::check_memory);
+        }
     }
 
     fn timeout(&self) -> Option<Duration> {
