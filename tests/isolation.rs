@@ -7,8 +7,6 @@
 //! of its sectors and reads them back; forks are read against what their source held. The seed is
 //! printed; `TIDEPOOL_SECONDS` runs longer.
 
-#![expect(clippy::print_stdout, reason = "the seed is printed")]
-
 mod common;
 
 use common::{Random, bytes};
