@@ -510,6 +510,9 @@ fn a_base_that_changed_or_went_away_is_refused_and_nothing_else() {
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("base.raw"), "{refused:?}");
     shell.ok(&["disk", "export", "p:other", "y.raw"]);
+    let mut server = shell.serve(&["p", "--sockets", "run"]);
+    assert_eq!(server.names(), ["other"], "the other disk is served");
+    assert_eq!(server.stop(), Some(0));
     shell.ok(&["disk", "rm", "p:over"]);
     assert_eq!(shell.json(&["pool", "check", "p"])["faults"], json!([]));
 }

@@ -4,7 +4,7 @@ use super::failure::Failure;
 use super::human;
 use super::open;
 use super::output::{self, Format, Output, Reply};
-use crate::cowdisk::Disk;
+use crate::cowdisk::{Disk, DiskErrorKind};
 use crate::format::units::bytes_of;
 use crate::pool::reclaim::Background;
 use crate::pool::{Pool, Return};
@@ -230,11 +230,22 @@ fn serve_pool(
     } else {
         String::new()
     };
-    let items = owned.pool.items();
-    for item in &items {
+    let mut served = 0;
+    for item in owned.pool.items() {
         let name = &item.row.name;
         let object = format!("{}:{name}", owned.path.display());
-        let disk = Disk::open(&owned.pool, name).map_err(|e| Failure::disk(&object, &e))?;
+        let disk = match Disk::open(&owned.pool, name) {
+            Ok(disk) => disk,
+            // The others need not wait for an image that is missing or was changed.
+            Err(e) if e.kind() == DiskErrorKind::Base => {
+                let reason = e.to_string();
+                let event =
+                    json!({"event": "refused", "pool": owned.path, "name": name, "reason": reason});
+                say(output, &event, &format!("not served: {object}: {reason}"));
+                continue;
+            }
+            Err(e) => return Err(Failure::disk(&object, &e)),
+        };
         let (size, is_read_only) = (disk.size(), disk.is_read_only());
         let socket = sockets.join(format!("{prefix}{name}.sock"));
         let added = server.add(disk, &socket, args.queues);
@@ -254,8 +265,9 @@ fn serve_pool(
             human::bytes(size)
         );
         say(output, &event, &text);
+        served += 1;
     }
-    Ok(items.len())
+    Ok(served)
 }
 
 fn failed_to_serve(error: &ServeError) -> Failure {

@@ -110,7 +110,10 @@ pub(super) fn info(item: &ItemRef) -> Result<Reply, Failure> {
         RowKind::Snapshot => "snapshot",
     };
     let base = row.base.as_ref();
-    let base = base.map(|base| format!("{} ({:?})", base.path, base.format).to_lowercase());
+    let base = base.map(|base| {
+        let format = format!("{:?}", base.format).to_lowercase();
+        format!("{} ({format})", base.path)
+    });
     let text = human::fields(&[
         (kind, item.to_string()),
         ("size", human::exact(row.size)),
