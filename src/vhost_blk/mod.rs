@@ -77,12 +77,12 @@ impl Default for ServerOptions {
 /// Why a disk is not served, or no longer as it should be.
 #[derive(Debug, Error)]
 pub enum ServeError {
-    /// A disk of that name is being served.
+    /// This disk is being served, on whatever socket.
     #[error("disk {0} is being served already")]
     Duplicate(String),
-    /// No disk of that name is being served.
-    #[error("disk {0} is not being served")]
-    Unknown(String),
+    /// No disk is being served there.
+    #[error("no disk is being served on {0}")]
+    Unknown(PathBuf),
     /// An impossible number of queues.
     #[error("{0} queues are not between 1 and {QUEUES_MAX}")]
     Queues(u16),
@@ -213,17 +213,17 @@ impl Server {
         Ok(())
     }
 
-    /// Stops serving a disk: its client is disconnected, what was begun is finished and flushed,
-    /// and its socket removed.
+    /// Stops serving the disk on `socket`, the path as it was given to [`Server::add`]: names are
+    /// unique within a pool only. Its client is disconnected, what was begun is finished and
+    /// flushed, and its socket removed.
     ///
     /// # Errors
     /// `Unknown`, or `Flush`; in the latter case the disk is no longer served all the same.
-    pub fn remove(&self, name: &str) -> Result<(), ServeError> {
+    pub fn remove(&self, socket: &Path) -> Result<(), ServeError> {
         let port = {
             let mut ports = self.ports.lock();
-            let is_it = |port: &Arc<Port>| port.device.disk.name() == name;
-            let at = ports.list.iter().position(is_it);
-            let at = at.ok_or_else(|| ServeError::Unknown(name.to_owned()))?;
+            let at = ports.list.iter().position(|port| port.path() == socket);
+            let at = at.ok_or_else(|| ServeError::Unknown(socket.to_owned()))?;
             ports.list.remove(at)
         };
         self.retire(&port)
@@ -242,7 +242,8 @@ impl Server {
         })
     }
 
-    /// The names of the disks being served, and their sockets.
+    /// The names of the disks being served, and their sockets. Disks of two pools may have one
+    /// name; a socket has one disk.
     #[must_use]
     pub fn disks(&self) -> Vec<(String, PathBuf)> {
         let ports = self.ports.lock();
@@ -252,7 +253,7 @@ impl Server {
             .collect()
     }
 
-    /// Counters by disk name, since each was added.
+    /// Counters by disk name, since each was added; in the order of [`Server::disks`].
     #[must_use]
     pub fn stats(&self) -> Vec<(String, DiskStats)> {
         let ports = self.ports.lock();

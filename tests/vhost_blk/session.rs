@@ -345,18 +345,41 @@ fn sockets_are_bound_and_removed_with_care() {
 
     bench
         .server
-        .remove("a")
+        .remove(&stale)
         .expect("removed, with a client and all");
     assert!(!stale.exists());
     guest.wire.wait_hangup();
     assert!(matches!(
-        bench.server.remove("a"),
+        bench.server.remove(&stale),
         Err(ServeError::Unknown(_))
     ));
     let socket = bench.socket.clone();
     bench.server.shutdown().expect("shut down");
     assert!(!socket.exists());
     UnixStream::connect(&socket).expect_err("nobody listens");
+}
+
+#[test]
+fn disks_of_two_pools_may_have_one_name() {
+    let bench = Bench::new(Kind::Memory, SIZE, false);
+    let dir = bench.dir.path();
+    let make = || disk::make(dir, "disk", SIZE, Kind::Memory, false);
+    let (second, third) = (dir.join("second"), dir.join("third"));
+    bench.server.add(make(), &second, 2).expect("another pool");
+    bench.server.add(make(), &third, 2).expect("and another");
+    let mut first = Guest::boot(&bench.socket, MODERN);
+    let mut last = Guest::boot(&third, MODERN);
+    bench.server.remove(&second).expect("removed");
+    assert!(!second.exists());
+    assert_eq!(first.write(0, 0, &[1; 512]), OK);
+    assert_eq!(last.write(0, 0, &[2; 512]), OK);
+    assert_eq!(first.read(0, 0, 512), [1; 512]);
+    let left: Vec<_> = bench.server.disks().into_iter().map(|(_, s)| s).collect();
+    assert_eq!(left, [bench.socket.clone(), third]);
+    assert!(matches!(
+        bench.server.remove(&second),
+        Err(ServeError::Unknown(_))
+    ));
 }
 
 #[test]
