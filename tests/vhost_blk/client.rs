@@ -242,6 +242,14 @@ impl Wire {
         self.reply(request).is_some_and(|reply| reply == [0; 8])
     }
 
+    /// Sends a request without a descriptor; what the acknowledgement says, or `None` if the back
+    /// end hung up.
+    pub fn acknowledgement(&mut self, request: u32, payload: &[u8]) -> Option<u64> {
+        self.send(request, NEED_REPLY, payload, &[]);
+        let reply = self.reply(request)?;
+        Some(u64::from_le_bytes(reply.try_into().expect("8 bytes")))
+    }
+
     pub fn ask(&mut self, request: u32, payload: &[u8]) -> Option<Vec<u8>> {
         self.send(request, 0, payload, &[]);
         self.reply(request)

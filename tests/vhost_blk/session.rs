@@ -383,6 +383,29 @@ fn disks_of_two_pools_may_have_one_name() {
 }
 
 #[test]
+fn a_ring_without_a_kick_is_refused() {
+    // Bit 8 with no descriptor: the ring is to be polled, which is not done here.
+    const NO_FD: u64 = 1 << 8;
+    let bench = Bench::new(Kind::Memory, SIZE, false);
+    for style in [MODERN, PLAIN] {
+        let mut guest = Guest::boot(&bench.socket, style);
+        assert_eq!(guest.write(0, 0, &[3; 512]), OK);
+        let answer = guest
+            .wire
+            .acknowledgement(req::SET_VRING_KICK, &NO_FD.to_le_bytes());
+        // A client without REPLY_ACK learns of it by the hang-up alone.
+        assert_eq!(answer, guest.wire.acks.then_some(1));
+        guest.wire.wait_hangup();
+    }
+    // And a kick that was promised and did not come along.
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    assert!(!guest.wire.tell(req::SET_VRING_KICK, &[0; 8], &[]));
+    guest.wire.wait_hangup();
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    assert_eq!(guest.read(0, 0, 512), [3; 512]);
+}
+
+#[test]
 fn shutting_down_finishes_what_was_begun() {
     let bench = Bench::new(Kind::Direct, SIZE, false);
     let mut guest = Guest::boot(

@@ -133,7 +133,8 @@ impl VhostUserBackendReqHandler for Session {
     }
 
     fn set_vring_kick(&self, index: u8, fd: Option<File>) -> Result<()> {
-        // A ring without a kick would have to be polled for ever.
+        // Without one (bit 8 of the message) the ring would have to be polled for ever. The
+        // client is told by REPLY_ACK, if it asked, and by the end of the session.
         let kick = adopt(fd)?.ok_or(Error::InvalidParam)?;
         self.lock()
             .change(index.into(), |vring| vring.kick = Some(kick))
