@@ -70,6 +70,14 @@ impl Lane {
         }
     }
 
+    /// Whether it is to stop once nothing is in flight.
+    pub(super) fn is_stopping(&self) -> bool {
+        match self.state {
+            LaneState::Stopping { .. } => true,
+            LaneState::Armed | LaneState::Awake | LaneState::Broken => false,
+        }
+    }
+
     /// Whether requests that wait for space are to be dropped.
     pub(super) fn is_abandoned(&self) -> bool {
         match self.state {

@@ -12,7 +12,7 @@
 //! - A request holds the generation of guest memory it came from until it is answered.
 //! - Every request is answered once: `Task` is the one place that decides when.
 //! - What waits (busy, full, starved) is parked and bounded by the sizes of the queues; nothing
-//!   waits for space longer than the no-space timeout.
+//!   waits for space longer than the no-space timeout, or when its queue is to stop.
 //! - A client can harm its own session only.
 
 mod bounce;

@@ -237,6 +237,16 @@ impl SplitQueue {
         Ok(true)
     }
 
+    /// Puts the request at avail position `at` back, if it is the last that was taken; whether it
+    /// was. Its descriptors are still as they were: the driver has not been given them back.
+    pub fn untake(&mut self, at: u16) -> bool {
+        let is_last = (self.next_avail - Wrapping(1)).0 == at;
+        if is_last {
+            self.next_avail = Wrapping(at);
+        }
+        is_last
+    }
+
     /// Reads the avail index; whether it is ahead of us.
     fn look(&mut self) -> Result<bool, QueueFault> {
         let avail = Wrapping(self.rings.avail.load_u16(2, Ordering::Acquire));

@@ -11,7 +11,7 @@ use tidepool::vhost_blk::ServerOptions;
 use crate::client::{Desc, INDIRECT, NEXT, Ram, Random, Vq, WRITE, Wire, feature, req, seed};
 use crate::disk::{self, Kind};
 use crate::guest::{
-    Bench, DATA, GPA, Guest, HEADERS, IN, IOERR, MODERN, OK, OUT, PLAIN, RAM, Style,
+    Bench, DATA, DISCARD, FLUSH, GPA, Guest, HEADERS, IN, IOERR, MODERN, OK, OUT, PLAIN, RAM, Style,
 };
 
 const SIZE: u64 = 4 << 20;
@@ -389,6 +389,96 @@ fn a_full_pool_is_an_error_after_the_timeout_and_space_ends_it() {
     assert_eq!(guest.ranges(0, 11, &[(0, 16384, 0)]), OK);
     assert_eq!(guest.request(0, 4, 0, &[]), OK);
     assert_eq!(guest.write(0, sector, &vec![0x78; 1 << 20]), OK);
+}
+
+/// A full pool on which requests wait for an hour, its guest, and the sector that did not fit.
+fn full_for_an_hour() -> (Bench, Guest, u64) {
+    let mut disk = None;
+    let options = ServerOptions {
+        no_space_timeout: Duration::from_millis(100),
+        ..crate::guest::options()
+    };
+    let hasty = Bench::with(options, |dir| {
+        disk.insert(disk::make_tight(dir, 64 << 20)).clone()
+    });
+    let sector = fill(&mut Guest::boot(&hasty.socket, MODERN));
+    assert!(sector > 0 && sector < 64 << 11);
+    hasty.server.shutdown().expect("shut down");
+    let options = ServerOptions {
+        no_space_timeout: Duration::from_secs(3600),
+        ..crate::guest::options()
+    };
+    let bench = Bench::with(options, |_| disk.take().expect("a disk"));
+    let guest = Guest::boot(&bench.socket, MODERN);
+    (bench, guest, sector)
+}
+
+/// Starts queue 0 again at `base`, with what is in its ring since.
+fn resume(guest: &mut Guest, base: u16) {
+    let Guest { wire, ram, queues } = guest;
+    let avail = std::mem::replace(&mut queues[0].avail, base);
+    assert!(queues[0].start(wire, ram, true));
+    queues[0].avail = avail;
+}
+
+#[test]
+fn stopping_a_ring_leaves_out_what_waits_for_space() {
+    let (bench, mut guest, sector) = full_for_an_hour();
+    for i in 0..3 {
+        guest.put(0, i * 8, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    }
+    while bench.stats().parked < 3 {
+        std::thread::yield_now();
+    }
+    for _ in 0..3 {
+        assert_eq!(guest.wire.stop(0), Some(0), "as if they had not been taken");
+        assert_eq!(guest.ram.load_u16(guest.queues[0].used_at() + 2), 0);
+        let parked = bench.stats().parked;
+        resume(&mut guest, 0);
+        while bench.stats().parked == parked {
+            std::thread::yield_now();
+        }
+    }
+    // They wait on, and space ends it.
+    let mut ranges = 0_u64.to_le_bytes().to_vec();
+    ranges.extend(16384_u32.to_le_bytes());
+    ranges.extend(0_u32.to_le_bytes());
+    guest.ram.write(DATA + (2 << 20), &ranges);
+    guest.put(0, 32, DISCARD, 0, &[(DATA + (2 << 20), 16, 0)]);
+    let mut heads = Vec::new();
+    while !heads.contains(&32) {
+        heads.push(guest.wait(0).expect("an answer").0);
+    }
+    guest.put(0, 40, FLUSH, 0, &[]);
+    while heads.len() < 5 {
+        heads.push(guest.wait(0).expect("an answer").0);
+    }
+    heads.sort_unstable();
+    assert_eq!(heads, [0, 8, 16, 32, 40]);
+    for first in [0, 8, 16, 32, 40] {
+        assert_eq!(guest.status(0, first), OK);
+    }
+}
+
+#[test]
+fn stopping_a_ring_fails_what_waits_for_space_before_an_answered_request() {
+    let (bench, mut guest, sector) = full_for_an_hour();
+    guest.put(0, 0, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    guest.put(0, 8, IN, 0, &[(DATA + (2 << 20), 512, WRITE)]);
+    assert_eq!(guest.wait(0), Some((8, 513)));
+    guest.put(0, 16, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    while bench.stats().parked < 2 {
+        std::thread::yield_now();
+    }
+    // The third is left out; the first cannot be, since the second was answered.
+    assert_eq!(guest.wire.stop(0), Some(2));
+    assert_eq!(guest.wait(0), Some((0, 1)));
+    assert_eq!(guest.status(0, 0), IOERR);
+    assert_eq!(guest.ram.load_u16(guest.queues[0].used_at() + 2), 2);
+    // And so it is when a ring is disabled, changed or reset.
+    resume(&mut guest, 2);
+    assert!(guest.wire.vring_state(req::SET_VRING_ENABLE, 0, 0));
+    assert!(guest.wire.tell(req::RESET_DEVICE, &[], &[]));
 }
 
 #[test]

@@ -122,7 +122,8 @@ impl VhostUserBackendReqHandler for Session {
         self.lock().change(index, |vring| vring.base = base)
     }
 
-    /// Drains the ring first: when the client has the answer, no request is in flight.
+    /// Drains the ring first: when the client has the answer, no request is in flight. What waits
+    /// for space is not waited for: it is left out of the base if it can be, else it fails.
     fn get_vring_base(&self, index: u32) -> Result<VhostUserVringState> {
         let mut state = self.lock();
         state.stop(index, false)?;

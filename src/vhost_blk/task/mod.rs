@@ -65,6 +65,8 @@ struct Part {
 pub(super) struct Task {
     pub(super) lane: u32,
     pub(super) head: u16,
+    /// Where in the avail ring it was.
+    pub(super) avail: u16,
     pub(super) request: Request,
     pub(super) memory: Option<GuestPin>,
     pub(super) began: Option<Instant>,

@@ -1,5 +1,7 @@
 //! Taking requests off their rings, letting them go on, parking them, giving them back.
 
+use std::collections::VecDeque;
+
 use crate::virtio::blk::{Op, Status};
 use crate::virtio::queue::Chain;
 
@@ -53,6 +55,7 @@ impl Worker {
         if !lane.is_taking() {
             return None;
         }
+        let avail = lane.queue.next_avail();
         match lane.queue.pop(&lane.memory, chain) {
             Ok(true) => {}
             Ok(false) => return Some(false),
@@ -74,6 +77,7 @@ impl Worker {
         task.reset();
         task.lane = index;
         task.head = chain.head;
+        task.avail = avail;
         let parsed = task
             .request
             .parse(&lane.memory, chain, lane.device.disk.size());
@@ -213,6 +217,68 @@ impl Worker {
                 self.parked.push_back((id, why));
             }
         }
+        self.give_up_waiting();
+    }
+
+    /// Queues that are to stop do not wait for space: what waits for it on them is put back or
+    /// failed once nothing else is in flight there.
+    fn give_up_waiting(&mut self) {
+        if self.parked.is_empty() {
+            return;
+        }
+        for slot in 0..self.lanes.len() {
+            let stopping = self.lanes[slot].as_ref().filter(|lane| lane.is_stopping());
+            if let Some(in_flight) = stopping.map(|lane| usize::from(lane.in_flight)) {
+                let index = u32::try_from(slot).expect("lanes are bounded by descriptors");
+                self.put_back(index, in_flight);
+            }
+        }
+    }
+
+    /// What was taken last goes back to the ring: the base that the client resumes from leaves it
+    /// out, as if it had never been taken. A request that an answered one follows in the ring
+    /// cannot be left out of a base, which is one index, so it fails: once GET_VRING_BASE is
+    /// answered nothing may be in flight (vhost-user, "Ring states").
+    fn put_back(&mut self, index: u32, in_flight: usize) {
+        let tasks = &self.tasks;
+        let task = |id: u32| tasks[usize::try_from(id).ok()?].as_ref();
+        let waits = |(id, why): &(u32, Parked)| {
+            *why == Parked::Full && task(*id).is_some_and(|task| task.lane == index)
+        };
+        let waiting = self.parked.iter().filter(|parked| waits(parked)).count();
+        if waiting < in_flight || waiting == 0 {
+            return;
+        }
+        let (given_up, kept): (VecDeque<_>, _) = self.parked.drain(..).partition(waits);
+        self.parked = kept;
+        let mut given_up = Vec::from(given_up);
+        let next = lane(&self.lanes, index).map_or(0, |lane| lane.queue.next_avail());
+        // The last taken first.
+        given_up.sort_by_key(|(id, _)| task(*id).map(|task| next.wrapping_sub(task.avail)));
+        for (id, _) in given_up {
+            let slot = usize::try_from(id).expect("usize has at least 32 bits");
+            let avail = self.tasks[slot].as_ref().map(|task| task.avail);
+            let lane = lane_mut(&mut self.lanes, index);
+            let is_back = lane
+                .zip(avail)
+                .is_some_and(|(l, avail)| l.queue.untake(avail));
+            if is_back {
+                self.forget(id);
+            } else {
+                self.step(id, |_, _| Next::Finish(Status::IoErr));
+            }
+        }
+    }
+
+    /// Ends a task without an answer.
+    fn forget(&mut self, id: u32) {
+        let slot = usize::try_from(id).expect("usize has at least 32 bits");
+        if let Some(task) = self.tasks[slot].as_mut() {
+            let index = task.lane;
+            task.reset();
+            self.free.push(id);
+            self.leave(index);
+        }
     }
 
     pub(super) fn is_full_due(&self, id: u32) -> bool {
@@ -225,16 +291,14 @@ impl Worker {
     /// The client of a task that waits is gone: nothing of it was carried out, nothing is said.
     pub(super) fn drop_if_abandoned(&mut self, id: u32) -> bool {
         let slot = usize::try_from(id).expect("usize has at least 32 bits");
-        let Some(task) = self.tasks[slot].as_mut() else {
-            return true;
+        let index = match &self.tasks[slot] {
+            Some(task) => task.lane,
+            None => return true,
         };
-        let index = task.lane;
         if !lane(&self.lanes, index).is_some_and(Lane::is_abandoned) {
             return false;
         }
-        task.reset();
-        self.free.push(id);
-        self.leave(index);
+        self.forget(id);
         true
     }
 }
