@@ -1,8 +1,9 @@
 //! Checking a pool that nobody has open, and repairing what can be rebuilt.
 
 use super::Pool;
+use super::derive::{EntryFault, derive};
 use super::error::PoolError;
-use super::load::{EntryFault, Loaded, check_len, derive, load, read_superblock};
+use super::load::{Loaded, check_len, load, read_superblock};
 use super::open::OpenOptions;
 use super::space::Space;
 use crate::format::catalogue::RowKind;
@@ -70,8 +71,8 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
         let remedy = "keeps everything before that batch, and drops what came after";
         report.fault(fault.to_string(), Some(remedy));
     }
-    let space = Space::new();
-    for fault in derive(&loaded, &space) {
+    let mut space = Space::new();
+    for fault in derive(&loaded, &mut space) {
         report.fault(
             fault.to_string(),
             Some("zeros take the place of that cluster of the disk"),
@@ -168,10 +169,10 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
     let (superblock, _) = read_superblock(&**storage)?;
     let loaded = load(&**storage, superblock)?;
     loaded.journal.erase_rest(&**storage)?;
-    let lost = derive(&loaded, &Space::new());
+    let lost = derive(&loaded, &mut Space::new());
     replace_entries(&loaded, &lost);
-    let space = Space::new();
-    if let Some(fault) = derive(&loaded, &space).first() {
+    let mut space = Space::new();
+    if let Some(fault) = derive(&loaded, &mut space).first() {
         return Err(PoolError::damaged(format!(
             "{fault}; this cannot be repaired"
         )));

@@ -1,5 +1,4 @@
-//! Reading what a pool's store says: superblock, image, journal; and deriving from it what is never
-//! stored: reference counts and free space.
+//! Reading what a pool's store says: superblock, image, journal.
 
 use super::catalogue::Catalogue;
 use super::counts::Counts;
@@ -7,9 +6,7 @@ use super::error::PoolError;
 use super::image::{self, Loader};
 use super::journal::{Journal, uuid_low};
 use super::map::Leaf;
-use super::space::Space;
 use super::volume::Volume;
-use super::walk::Seen;
 use crate::format::image::decode_token;
 use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
 use crate::format::journal::Entry;
@@ -220,112 +217,4 @@ fn load_image(
         }
     }
     Ok((loader.finish(image.seq)?, clusters))
-}
-
-/// An entry that cannot be.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{disk}`, cluster {lcn}: {what}")]
-pub struct EntryFault {
-    /// The disk or snapshot.
-    pub disk: String,
-    /// Its cluster.
-    pub lcn: u32,
-    /// What is wrong.
-    pub what: String,
-}
-
-/// Counts the references, checks every entry and I1, and declares the rest free. Empty if all is
-/// well.
-pub(super) fn derive(loaded: &Loaded, space: &Space) -> Vec<EntryFault> {
-    let size = loaded.superblock.cluster_size;
-    let count = loaded.superblock.cluster_count;
-    let first = size
-        .count(loaded.superblock.metadata_end())
-        .unwrap_or(u32::MAX);
-    let mut used = vec![0_u64; index(count)];
-    let mut faults = Vec::new();
-    for cluster in loaded.image_clusters.iter().cloned().flatten() {
-        match used.get_mut(index(cluster)) {
-            Some(place) if *place == 0 && cluster >= first => *place = u64::MAX,
-            Some(_) | None => faults.push(EntryFault {
-                disk: "checkpoint image".to_owned(),
-                lcn: cluster,
-                what: "this cluster of the pool cannot belong to it".to_owned(),
-            }),
-        }
-    }
-    // Births are of generations that have begun.
-    let generation_end = loaded.replay.generation.saturating_add(1);
-    let mut seen = Seen::default();
-    for item in loaded.catalogue.iter() {
-        let family = u64::from(item.row.family.0);
-        let map = item.volume.map.read();
-        let clusters = size.count(map.size).unwrap_or(u32::MAX);
-        seen.set_family(item.row.family.0);
-        let clashes = seen.clashes().len();
-        seen.walk(&map.tree, &mut |leaf, is_shared, node| {
-            for (lcn, entry) in (leaf * 64..).zip(&node.entries) {
-                // Packed so that it is never 0: disk ids begin at 1.
-                let owner = (family << 32) | u64::from(lcn);
-                let fault = check_entry(entry, first, count, owner, &mut used, space);
-                let is_mine = entry.own != 0 && entry.birth > map.last_fork.0;
-                let fault = if fault.is_some() {
-                    fault
-                } else if entry.clusters() != [0, 0] && lcn >= clusters {
-                    Some("beyond the end of the disk".to_owned())
-                } else if entry.birth >= generation_end || (is_shared && is_mine) {
-                    Some("it would be written in place although it may be shared".to_owned())
-                } else {
-                    None
-                };
-                if let Some(what) = fault {
-                    faults.push(EntryFault {
-                        disk: item.row.name.clone(),
-                        lcn,
-                        what,
-                    });
-                }
-            }
-        });
-        let clashes = &seen.clashes()[clashes..];
-        faults.extend(clashes.iter().map(|number| EntryFault {
-            disk: item.row.name.clone(),
-            lcn: *number,
-            what: "a map node belongs to another place too".to_owned(),
-        }));
-    }
-    let mut free_from = first;
-    for (cluster, used) in (0..count).zip(&used).skip(index(first)) {
-        if *used != 0 {
-            space.add_clean(free_from..cluster);
-            free_from = cluster + 1;
-        }
-    }
-    space.add_clean(free_from..count);
-    faults
-}
-
-/// Counts what one entry refers to. I1: one (family, lcn) for each cluster.
-fn check_entry(
-    entry: &Entry,
-    first: u32,
-    count: u32,
-    owner: u64,
-    used: &mut [u64],
-    space: &Space,
-) -> Option<String> {
-    if let Some(fault) = entry.fault(first, count) {
-        return Some(fault.to_owned());
-    }
-    for cluster in entry.clusters().into_iter().filter(|cluster| *cluster != 0) {
-        let place = &mut used[index(cluster)];
-        if *place != 0 && *place != owner {
-            return Some(format!(
-                "cluster {cluster} of the pool is used elsewhere too"
-            ));
-        }
-        *place = owner;
-        space.counts.retain(cluster);
-    }
-    None
 }

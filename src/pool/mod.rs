@@ -43,6 +43,7 @@ pub mod catalogue;
 pub mod check;
 pub mod commit;
 pub mod counts;
+pub mod derive;
 pub mod dump;
 pub mod entry;
 pub mod error;

@@ -2,9 +2,10 @@
 
 use super::Pool;
 use super::commit::Commits;
+use super::derive::derive;
 use super::error::PoolError;
 use super::gate::Epochs;
-use super::load::{Loaded, check_len, derive, load, read_superblock};
+use super::load::{Loaded, check_len, load, read_superblock};
 use super::space::Space;
 use super::walk::walk_all;
 use crate::format::superblock::{
@@ -184,8 +185,8 @@ impl Pool {
         if let Some(fault) = loaded.journal_fault {
             return Err(fault);
         }
-        let space = Space::new();
-        if let Some(fault) = derive(&loaded, &space).first() {
+        let mut space = Space::new();
+        if let Some(fault) = derive(&loaded, &mut space).first() {
             return Err(PoolError::damaged(fault.to_string()));
         }
         let pool = Self::assemble(storage, loaded, space, options);

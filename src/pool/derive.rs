@@ -1,0 +1,207 @@
+//! Deriving from what was loaded what is never stored: reference counts and free space. Whatever the
+//! maps say that cannot be is found on the way.
+//!
+//! Neighbours in a map need not be neighbours in the pool, so what takes time is waiting for memory.
+//! The loop that goes to a cluster's place does little else, and what can be done from end to end is
+//! done so.
+
+use super::counts::Counts;
+use super::load::Loaded;
+use super::map::Leaf;
+use super::space::Space;
+use super::walk::Seen;
+use crate::format::journal::Entry;
+use crate::format::units::index;
+use std::ops::Range;
+
+/// An entry that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{disk}`, cluster {lcn}: {what}")]
+pub struct EntryFault {
+    /// The disk or snapshot.
+    pub disk: String,
+    /// Its cluster.
+    pub lcn: u32,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// Owner of the clusters of the checkpoint image. No cluster of a disk has the last number.
+const IMAGE: u64 = u64::MAX;
+
+/// Counts the references, checks every entry and I1, and declares the rest free. Empty if all is
+/// well.
+pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
+    let size = loaded.superblock.cluster_size;
+    let count = loaded.superblock.cluster_count;
+    let first = size
+        .count(loaded.superblock.metadata_end())
+        .unwrap_or(u32::MAX);
+    let mut references = References {
+        clusters: first..count,
+        generation: loaded.replay.generation,
+        used: vec![0; index(count)],
+        counts: &mut space.counts,
+        faults: Vec::new(),
+    };
+    for cluster in loaded.image_clusters.iter().cloned().flatten() {
+        references.add_image(cluster);
+    }
+    let mut seen = Seen::default();
+    for item in loaded.catalogue.iter() {
+        let map = item.volume.map.read();
+        let disk = Owner {
+            name: &item.row.name,
+            family: item.row.family.0,
+            end: size.count(map.size).unwrap_or(u32::MAX),
+            last_fork: map.last_fork.0,
+        };
+        seen.set_family(disk.family);
+        let clashes = seen.clashes().len();
+        seen.walk(&map.tree, &mut |number, is_shared, leaf| {
+            references.add_leaf(&disk, number, is_shared, leaf);
+        });
+        for number in &seen.clashes()[clashes..] {
+            references.fault(&disk, *number, "a map node belongs to another place too");
+        }
+    }
+    let (used, faults) = references.finish();
+    add_free(first, &used, space);
+    faults
+}
+
+/// The disk whose map is looked at.
+struct Owner<'a> {
+    name: &'a str,
+    family: u32,
+    /// Its size, clusters.
+    end: u32,
+    last_fork: u32,
+}
+
+impl Owner<'_> {
+    /// What is wrong with an entry that is possible in itself.
+    fn fault(
+        &self,
+        lcn: u32,
+        entry: &Entry,
+        is_shared: bool,
+        generation: u32,
+    ) -> Option<&'static str> {
+        let is_mine = entry.own != 0 && entry.birth > self.last_fork;
+        if entry.clusters() != [0, 0] && lcn >= self.end {
+            Some("beyond the end of the disk")
+        } else if entry.birth > generation || (is_shared && is_mine) {
+            // Births are of generations that have begun.
+            Some("it would be written in place although it may be shared")
+        } else {
+            None
+        }
+    }
+}
+
+/// Who uses each cluster, and how often.
+struct References<'a> {
+    /// Where data may be.
+    clusters: Range<u32>,
+    /// The pool's generation.
+    generation: u32,
+    /// By cluster: 0, or its owner.
+    used: Vec<u64>,
+    /// References after the first to each cluster; [`References::finish`] adds the first ones.
+    counts: &'a mut Counts,
+    faults: Vec<EntryFault>,
+}
+
+impl References<'_> {
+    fn fault(&mut self, disk: &Owner<'_>, lcn: u32, what: impl Into<String>) {
+        let disk = disk.name.to_owned();
+        let what = what.into();
+        self.faults.push(EntryFault { disk, lcn, what });
+    }
+
+    fn add_image(&mut self, cluster: u32) {
+        match self.used.get_mut(index(cluster)) {
+            Some(owner) if *owner == 0 && cluster >= self.clusters.start => *owner = IMAGE,
+            Some(_) | None => self.faults.push(EntryFault {
+                disk: "checkpoint image".to_owned(),
+                lcn: cluster,
+                what: "this cluster of the pool cannot belong to it".to_owned(),
+            }),
+        }
+    }
+
+    /// Adds what the entries of leaf `number` refer to.
+    fn add_leaf(&mut self, disk: &Owner<'_>, number: u32, is_shared: bool, leaf: &Leaf) {
+        let Range { start, end } = self.clusters;
+        let generation = self.generation;
+        let lcns = number * 64..;
+        // A bit each: entries that refer to nothing that could be counted, and odd ones.
+        let (mut bad, mut odd) = (0_u64, 0_u64);
+        for ((place, lcn), entry) in (0..64).zip(lcns.clone()).zip(&leaf.entries) {
+            bad |= u64::from(entry.fault(start, end).is_some()) << place;
+            odd |= u64::from(disk.fault(lcn, entry, is_shared, generation).is_some()) << place;
+        }
+        // Packed so that it is never 0: disk ids begin at 1.
+        let family = u64::from(disk.family) << 32;
+        for ((place, lcn), entry) in (0..64).zip(lcns).zip(&leaf.entries) {
+            if bad >> place & 1 == 1 {
+                self.fault(disk, lcn, entry.fault(start, end).unwrap_or_default());
+            } else if let Err(cluster) = self.add_entry(entry, family | u64::from(lcn)) {
+                let what = format!("cluster {cluster} of the pool is used elsewhere too");
+                self.fault(disk, lcn, what);
+            } else if odd >> place & 1 == 1 {
+                let what = disk.fault(lcn, entry, is_shared, generation);
+                self.fault(disk, lcn, what.unwrap_or_default());
+            }
+        }
+    }
+
+    /// I1: one (family, lcn) for each cluster. `Err` is one with another owner.
+    fn add_entry(&mut self, entry: &Entry, owner: u64) -> Result<(), u32> {
+        for cluster in entry.clusters() {
+            if cluster == 0 {
+                continue;
+            }
+            let known = &mut self.used[index(cluster)];
+            if *known == 0 {
+                *known = owner;
+            } else if *known == owner {
+                self.counts.retain_alone(cluster);
+            } else {
+                return Err(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// The owners by cluster, and what is wrong.
+    fn finish(self) -> (Vec<u64>, Vec<EntryFault>) {
+        for (cluster, owner) in (0_u32..).zip(&self.used) {
+            if *owner != 0 && *owner != IMAGE {
+                self.counts.retain_alone(cluster);
+            }
+        }
+        (self.used, self.faults)
+    }
+}
+
+/// Declares the clusters from `first` on free that `used` says are not used, run by run.
+fn add_free(first: u32, used: &[u64], space: &Space) {
+    let mut free_from = first;
+    let mut rest = used.get(index(first)..).unwrap_or_default();
+    let run_len = |is_used: bool, of: &[u64]| {
+        let other = of.iter().position(|owner| (*owner != 0) != is_used);
+        other.unwrap_or(of.len())
+    };
+    let clusters = |n: usize| u32::try_from(n).expect("a pool has fewer than 2^32 clusters");
+    while !rest.is_empty() {
+        let free = run_len(false, rest);
+        let taken = run_len(true, &rest[free..]);
+        if free > 0 {
+            space.add_clean(free_from..free_from + clusters(free));
+        }
+        free_from += clusters(free + taken);
+        rest = &rest[free + taken..];
+    }
+}
