@@ -23,6 +23,12 @@ def bar(of, against, metric, limit):
     return {"of": of, "against": against, "metric": metric, "limit": limit}
 
 
+def at_most(of, limit, against=None):
+    """A promise about figures of the engine: the median of `of` is at most `limit` in its unit or,
+    with `against`, times the median of that."""
+    return {"of": of, "against": against, "limit": limit}
+
+
 def summary(values):
     """Median, least and most; none when there is nothing."""
     values = [v for v in values if v is not None]

@@ -56,6 +56,7 @@ def run(argv, timeout=600, note=False, check=True):
 
 
 def pinned(argv, cpu=BACKEND_CPU):
+    """`cpu` may be a list as taskset takes it."""
     return ["taskset", "-c", str(cpu), *[str(a) for a in argv]]
 
 

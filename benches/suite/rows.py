@@ -6,7 +6,7 @@ A row is a generator of cells. `Suite` holds what all of them need.
 import os
 import time
 
-from . import backends, media
+from . import backends, engine, media
 from .backends import Tidepool, fio, qsd_raw
 from .cells import bar, measure, opened, say
 from .procs import BenchError, COMMANDS, run
@@ -19,8 +19,9 @@ GIB = 1 << 30
 class Suite:
     """Sizes, times and programs of one run."""
 
-    def __init__(self, work, tmpfs, tidepool, loadgen, quick):
-        self.work, self.tmpfs, self.tidepool, self.loadgen, self.quick = work, tmpfs, tidepool, loadgen, quick
+    def __init__(self, work, tmpfs, tidepool, loadgen, program, quick):
+        self.work, self.tmpfs, self.tidepool, self.quick = work, tmpfs, tidepool, quick
+        self.loadgen, self.engine = loadgen, engine.Engine(program)
         self.rounds = 2 if quick else 5
         self.seconds = 0.5 if quick else 3.0
         self.warmup = 0.1 if quick else 0.5
@@ -258,17 +259,23 @@ class Qcow2Chain:
 def depth(suite):
     """Random reads at growing fork depth, everything in RAM, so that what is seen is the lookup."""
     depths = (1, 10) if suite.quick else (1, 10, 100)
+    ours = (*depths, 100) if suite.quick else (*depths, 1000)
     with media.directory(suite.tmpfs, "depth") as work:
         name_paths(work)
         chain = Qcow2Chain(suite, work)
         chain.grow(depths[-1])
         raw = suite.raw(work / "raw", direct=False)
+        pool = suite.pool(work, room=3)
+        suite.engine("chain", pool.pool, **{"from": "full"}, depth=ours[-1], clusters=chain.CLUSTERS_PER_LAYER)
         makers = {"qsd raw": qsd_raw(work, "qsd", raw, False).serve()}
         makers |= {f"qcow2 depth {d}": chain.serve(d, 120) for d in depths}
-        with opened(makers) as ends:
+        with pool.serve() as disk, opened(makers) as ends:
+            served = {"tidepool depth 0": disk("full")}
+            served |= {f"tidepool depth {d}": disk(f"d{d}") for d in ours}
             yield measure("depth", "read, QD 32",
-                          {n: suite.steady(e, rw="read", depth=32, wait="spin") for n, e in ends.items()},
-                          suite.rounds, subject="qsd raw")
+                          {n: suite.steady(e, rw="read", depth=32, wait="spin") for n, e in (served | ends).items()},
+                          suite.rounds, [bar(f"tidepool depth {d}", "tidepool depth 0", "iops", 0.95) for d in ours],
+                          subject="tidepool depth 0")
         if not suite.quick:
             chain.grow(1000)
             yield {"row": "depth", "label": "qcow2 depth 1000", "runs": {}, "bars": [],
@@ -287,5 +294,6 @@ def opens_in(maker):
         return f"does not open: {str(error).splitlines()[-1][:200]}"
 
 
-ROWS = {"noise": noise, "ram": ram, "direct": direct, "fork-write": fork_write, "durable": durable, "depth": depth}
-NEEDS_TIDEPOOL = {"ram", "direct", "fork-write", "durable"}
+ROWS = {"noise": noise, "ram": ram, "direct": direct, "fork-write": fork_write, "durable": durable, "depth": depth,
+        **engine.ROWS}
+NEEDS_TIDEPOOL = {"ram", "direct", "fork-write", "durable", "depth"}
