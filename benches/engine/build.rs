@@ -142,13 +142,12 @@ pub(crate) fn mapped_disk(pool: &Arc<Pool>, name: &str, bytes: u64, order: Order
 /// The engine wants something else first: the disk is not fresh.
 fn claim(disk: &Disk, offset: u64, len: u32, plan: &mut WritePlan) -> Result<()> {
     let pass = disk.enter(0, Waker::noop()).ok_or("the disk is drained")?;
-    match disk.plan_write(&pass, offset, len, plan, Waker::noop())? {
-        Step::Ready => {
-            disk.complete_write(plan, true);
-            Ok(())
-        }
-        step => Err(format!("a first write of {len} bytes at {offset}: {step:?}").into()),
+    let step = disk.plan_write(&pass, offset, len, plan, Waker::noop())?;
+    if !matches!(step, Step::Ready) {
+        return Err(format!("a first write of {len} bytes at {offset}: {step:?}").into());
     }
+    disk.complete_write(plan, true);
+    Ok(())
 }
 
 /// Forks `from` into `d1`, that into `d2` and so on, `depth` times; each writes `clusters` clusters

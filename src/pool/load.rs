@@ -11,7 +11,7 @@ use crate::format::image::decode_token;
 use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
 use crate::format::journal::Entry;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::format::units::{Cluster, DiskId, bytes_of, index};
+use crate::format::units::{Cluster, DiskId, bytes_of};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Arc;
 use std::collections::HashSet;
