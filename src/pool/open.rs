@@ -274,9 +274,8 @@ impl Pool {
             self.punch_written(u32::MAX)?;
         }
         self.write_owner_note("")?;
-        self.storage
-            .flush()
-            .map_err(|e| self.poison("flushing at close", e))?;
+        self.mark_written();
+        self.flush()?;
         self.transact(&[], |_| {
             let mut superblock = self.superblock();
             superblock.is_clean = true;

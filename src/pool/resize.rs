@@ -37,10 +37,9 @@ impl Pool {
         let len = u64::from(to) * self.cluster_size.bytes();
         if self.storage.len().map_err(growing())? < len {
             self.storage.set_len(len).map_err(growing())?;
+            self.mark_written();
             // A new length is durable after a flush, and must be before the superblock says so.
-            self.storage
-                .flush()
-                .map_err(|e| self.poison("growing the pool", e))?;
+            self.flush()?;
         }
         self.set_cluster_count(to)?;
         self.space.add_clean(from..to);

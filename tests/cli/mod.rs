@@ -143,6 +143,9 @@ impl Shell {
             if event["event"] == "ready" {
                 break;
             }
+            if event["event"] == "refused" {
+                continue;
+            }
             assert_eq!(event["event"], "serving");
             assert!(Path::new(event["socket"].as_str().expect("a path")).is_relative());
             events.push(event);
