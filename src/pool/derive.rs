@@ -135,16 +135,18 @@ impl References<'_> {
     fn add_leaf(&mut self, disk: &Owner<'_>, number: u32, is_shared: bool, leaf: &Leaf) {
         let Range { start, end } = self.clusters;
         let generation = self.generation;
-        let lcns = number * 64..;
+        let first = number * 64;
         // A bit each: entries that refer to nothing that could be counted, and odd ones.
         let (mut bad, mut odd) = (0_u64, 0_u64);
-        for ((place, lcn), entry) in (0..64).zip(lcns.clone()).zip(&leaf.entries) {
+        for (place, entry) in (0_u32..).zip(&leaf.entries) {
+            let lcn = first + place;
             bad |= u64::from(entry.fault(start, end).is_some()) << place;
             odd |= u64::from(disk.fault(lcn, entry, is_shared, generation).is_some()) << place;
         }
         // Packed so that it is never 0: disk ids begin at 1.
         let family = u64::from(disk.family) << 32;
-        for ((place, lcn), entry) in (0..64).zip(lcns).zip(&leaf.entries) {
+        for (place, entry) in (0_u32..).zip(&leaf.entries) {
+            let lcn = first + place;
             if bad >> place & 1 == 1 {
                 self.fault(disk, lcn, entry.fault(start, end).unwrap_or_default());
             } else if let Err(cluster) = self.add_entry(entry, family | u64::from(lcn)) {
