@@ -5,7 +5,29 @@
 //! I/O in flight, so that every interleaving is spelled out. Each rule was broken once on purpose;
 //! the table says how, and which tests noticed.
 //!
-//! TABLE
+//! | rule | broken on purpose | tests that failed |
+//! |---|---|---|
+//! | I1 | an entry may refer to a cluster that another refers to | i1 |
+//! | I2, R1 | `alloc` set when the write is planned | i2_r1 |
+//! | I3 | no merge: the old cluster goes under as it is | i3 |
+//! | I4 | a fork does not end what the source may write in place | i4, i6, r7 |
+//! | I4 | the count is not asked before a cluster is claimed | i4, i5, i6, r5, r7 |
+//! | I5 | a cluster is freed with one reference left | i5, i6 |
+//! | I6 | a fork is recorded before the disk it makes | i4, i6, r5 |
+//! | R2 | no data flush before the journal is written | i4, r10, r2, r3, r8 |
+//! | R2 | the journal is written before the data is flushed | r2 |
+//! | R3, R5 | a dropped reference is released at once | r3, r5, r6 |
+//! | R4 | a cluster is free while it is punched | r4 |
+//! | R6 | dropped references do not wait for epochs | r6 |
+//! | R7 | a fork does not drain its source | r7 |
+//! | R8 | a commit without records flushes nothing | r8 |
+//! | R9 | the checksum of the batch before is not compared | r9 |
+//! | R9 | the opening is not compared | r9 |
+//! | R9 | a batch after a gap is taken for an old one | r9_gap |
+//! | R10 | a failed flush does not freeze the pool | r10 |
+//! | R10 | a failed journal write does not freeze the pool | r10 |
+//!
+//! (`i4` stands for the test whose name begins with it, and so on.)
 
 mod common;
 

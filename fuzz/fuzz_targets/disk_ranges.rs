@@ -3,15 +3,23 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tidepool::cowdisk::{self, Disk, NewDisk};
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{SimStorage, Storage};
 
+fn empty() -> &'static SimStorage {
+    static EMPTY: OnceLock<SimStorage> = OnceLock::new();
+    EMPTY.get_or_init(|| {
+        let storage = SimStorage::new(16 << 20);
+        open::create(&storage, &CreateOptions::new(16 << 20)).expect("an empty pool");
+        storage
+    })
+}
+
 fuzz_target!(|data: &[u8]| {
     let [size, rest @ ..] = data else { return };
-    let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(16 << 20));
-    open::create(&*storage, &CreateOptions::new(16 << 20)).expect("an empty pool");
+    let storage: Arc<dyn Storage> = Arc::new(empty().crash_all_kept());
     let pool = Pool::open(storage, &OpenOptions::default()).expect("opens");
     let size = (u64::from(*size) + 1) * 512 * 3;
     cowdisk::create(&pool, &NewDisk::empty("d", size)).expect("creates");
