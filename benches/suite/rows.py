@@ -107,7 +107,10 @@ def ram(suite):
         pool = Tidepool(suite.tidepool, work, "bench", suite.span + GIB)
         pool.create("view", suite.span, base=raw)
         warm(raw)
-        with pool.serve() as disk, qsd_raw(work, "qsd", raw, False).serve() as qsd:
+        # Read-only: a base is locked against writers.
+        nodes = [backends.file_node(raw, False, "top", **{"read-only": True})]
+        peer = backends.Qsd(work, "qsd", nodes, writable=False)
+        with pool.serve() as disk, peer.serve() as qsd:
             ends = {"tidepool": disk("view"), "qsd raw": qsd}
             for depth in DEPTHS:
                 yield measure(

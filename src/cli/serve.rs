@@ -55,6 +55,11 @@ pub(super) struct Serve {
     /// Most queues of a disk.
     #[arg(long, default_value_t = QUEUES_DEFAULT, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
+    /// Longest time a worker looks for more requests before it sleeps, where that has paid lately;
+    /// 0 to sleep at once.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = POLLING_US_DEFAULT,
+        value_parser = clap::value_parser!(u32).range(0..=1000))]
+    polling: u32,
     /// Serve everything read-only, and leave the pools as they are.
     #[arg(long)]
     read_only: bool,
@@ -62,6 +67,9 @@ pub(super) struct Serve {
     #[arg(long = "return", value_enum, default_value_t, value_name = "WHEN")]
     returning: ReturnArg,
 }
+
+/// As long as QEMU's own event loop looks about.
+const POLLING_US_DEFAULT: u32 = 32;
 
 const _: () = assert!(QUEUES_MAX == 256 && WORKERS_MAX == 64, "the ranges above");
 
@@ -178,6 +186,7 @@ fn run(
 ) -> Result<Reply, Failure> {
     let mut options = ServerOptions {
         no_space_timeout: Duration::from_secs(args.no_space_timeout.into()),
+        polling_us: args.polling,
         ..ServerOptions::default()
     };
     if let Some(workers) = args.workers {

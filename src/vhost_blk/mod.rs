@@ -58,8 +58,8 @@ pub struct ServerOptions {
     pub workers: usize,
     /// How long a write waits for space in a full pool before the guest gets an error.
     pub no_space_timeout: Duration,
-    /// How long, in microseconds, a worker looks for more requests before it sleeps; 0 for not at
-    /// all, 50 where latency is worth a CPU. At most [`POLLING_US_MAX`].
+    /// How long at most, in microseconds, a worker looks for more requests before it sleeps, where
+    /// that has paid lately; 0 for not at all. At most [`POLLING_US_MAX`].
     pub polling_us: u32,
 }
 

@@ -9,6 +9,7 @@
 //! ring. The eventfds are never read: each write to one wakes its poll whatever the counter says.
 
 mod mail;
+mod polling;
 mod take;
 
 use std::cell::RefCell;
@@ -32,6 +33,8 @@ use crate::vhost_blk::files::Files;
 use crate::vhost_blk::lane::{Lane, LaneState};
 use crate::vhost_blk::mailbox::{Mailbox, Message};
 use crate::vhost_blk::task::{Task, task_of};
+
+use polling::Polling;
 
 /// Requests taken from one queue before the next has its turn, and before what was completed is
 /// published. Small enough that the guest works on one batch while we work on the next (with 32 a
@@ -131,6 +134,7 @@ struct Worker {
     now: Instant,
     /// Lost mappings of the process that were seen to.
     losses: u64,
+    polling: Polling,
     is_retry: bool,
     is_quitting: bool,
     // Last: its end waits for the kernel.
@@ -167,6 +171,7 @@ impl Worker {
             files: Files::default(),
             now: clock::now(),
             losses: sigbus::losses(),
+            polling: Polling::new(options.polling),
             is_retry: false,
             is_quitting: false,
             ring,
@@ -201,7 +206,12 @@ impl Worker {
             && !self.arm()
             && sigbus::losses() == self.losses;
         let result = if is_idle {
-            self.ring.wait(self.timeout())
+            let before = self.polling.is_on().then(clock::now);
+            let result = self.ring.wait(self.timeout());
+            if let Some(before) = before {
+                self.polling.slept(clock::now().duration_since(before));
+            }
+            result
         } else {
             self.ring.submit()
         };
@@ -210,13 +220,14 @@ impl Worker {
 
     /// Adaptive polling: looks about for a moment before sleeping; whether something came.
     fn linger(&mut self) -> bool {
-        if self.options.polling.is_zero() || self.dry.is_empty() {
+        let window = self.polling.window();
+        if window.is_zero() || self.dry.is_empty() {
             return false;
         }
         if self.ring.submit().is_err() {
             return false;
         }
-        let end = clock::now() + self.options.polling;
+        let end = clock::now() + window;
         while clock::now() < end {
             let lanes = &self.lanes;
             let is_waiting =
@@ -229,6 +240,7 @@ impl Worker {
             }
             std::hint::spin_loop();
         }
+        self.polling.missed();
         false
     }
 
