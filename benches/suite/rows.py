@@ -107,8 +107,8 @@ def ram(suite):
         pool = Tidepool(suite.tidepool, work, "bench", suite.span + GIB)
         pool.create("view", suite.span, base=raw)
         warm(raw)
-        # Read-only: a base is locked against writers.
-        nodes = [backends.file_node(raw, False, "top", **{"read-only": True})]
+        # Read-only, and blind to the lock that keeps writers from a base.
+        nodes = [backends.file_node(raw, False, "top", **{"read-only": True, "locking": "off"})]
         peer = backends.Qsd(work, "qsd", nodes, writable=False)
         with pool.serve() as disk, peer.serve() as qsd:
             ends = {"tidepool": disk("view"), "qsd raw": qsd}

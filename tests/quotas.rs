@@ -1,0 +1,206 @@
+//! Goal: limits, reserves and ephemeral disks are what they say, also after the pool was opened
+//! again; and what a fork writes does not depend on what the disk holds.
+//!
+//! Method: small pools on the simulated disk.
+
+mod common;
+
+use common::{CLUSTER, POOL_LEN, SUB, bytes, fresh, opened, read};
+use std::sync::Arc;
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Settings};
+use tidepool::pool::Pool;
+use tidepool::storage::SimStorage;
+
+const LEN: u64 = 8 << 20;
+
+fn create(pool: &Arc<Pool>, new: &NewDisk) -> Disk {
+    cowdisk::create(pool, new).expect("creates");
+    Disk::open(pool, &new.name).expect("opens")
+}
+
+fn refused(disk: &Disk, at: u64) {
+    let e = disk
+        .write_at(&bytes(9, SUB), at)
+        .expect_err("over the limit");
+    assert_eq!(e.kind(), DiskErrorKind::LimitReached, "{e}");
+    assert!(e.to_string().contains("--limit"), "{e}");
+}
+
+#[test]
+fn a_limit_counts_blocks_since_the_fork_and_stays_after_opening_again() {
+    let (storage, pool) = fresh();
+    let new = NewDisk {
+        limit: Some(10 * SUB),
+        ..NewDisk::empty("d", LEN)
+    };
+    let disk = create(&pool, &new);
+    for block in 0..10 {
+        // Scattered: a limit is of data, not of clusters.
+        disk.write_at(&bytes(1, SUB), block * 3 * CLUSTER)
+            .expect("within the limit");
+    }
+    refused(&disk, 100 * CLUSTER);
+    disk.write_at(&bytes(2, SUB), 3 * CLUSTER)
+        .expect("overwrites go on");
+    assert_eq!(
+        read(&disk, 100 * CLUSTER, SUB),
+        bytes(0, SUB),
+        "a refused write changed nothing"
+    );
+    disk.discard(0, CLUSTER).expect("discards");
+    disk.write_at(&bytes(3, SUB), 100 * CLUSTER)
+        .expect("a discarded block makes room");
+    disk.flush().expect("flushes");
+    drop(disk);
+    pool.close().expect("closes");
+    drop(pool);
+
+    let pool = opened(&storage);
+    let disk = Disk::open(&pool, "d").expect("opens");
+    refused(&disk, 200 * CLUSTER);
+    cowdisk::set(
+        &pool,
+        "d",
+        &Settings {
+            limit: Some(Some(11 * SUB)),
+            ..Settings::default()
+        },
+    )
+    .expect("raises the limit");
+    disk.write_at(&bytes(4, SUB), 200 * CLUSTER)
+        .expect("one more");
+    refused(&disk, 201 * CLUSTER);
+    // A fork begins with nothing of its own, and without the limit of what it came from.
+    cowdisk::fork(&pool, "d", &["f".to_owned()]).expect("forks");
+    let fork = Disk::open(&pool, "f").expect("opens");
+    for block in 0..20 {
+        fork.write_at(&bytes(5, SUB), block * CLUSTER)
+            .expect("no limit here");
+    }
+}
+
+/// Writes whole clusters until there is no space; how many.
+fn fill(disk: &Disk) -> u64 {
+    let mut clusters = 0;
+    loop {
+        match disk.write_at(&bytes(1, CLUSTER), clusters * CLUSTER) {
+            Ok(()) => clusters += 1,
+            Err(e) => {
+                assert_eq!(e.kind(), DiskErrorKind::NoSpace, "{e}");
+                return clusters;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_reserved_for_one_disk_no_other_can_take() {
+    let (storage, pool) = fresh();
+    let reserve = 100 * CLUSTER;
+    let new = NewDisk {
+        reserve: Some(reserve),
+        ..NewDisk::empty("kept", LEN)
+    };
+    drop(create(&pool, &new));
+    let greedy = create(&pool, &NewDisk::empty("greedy", 2 * POOL_LEN));
+    let taken = fill(&greedy);
+    assert!(taken > 0, "what is not reserved is for everybody");
+    drop(greedy);
+    pool.close().expect("closes");
+    drop(pool);
+
+    let pool = opened(&storage);
+    let kept = Disk::open(&pool, "kept").expect("opens");
+    for cluster in 0..100 {
+        let written = kept.write_at(&bytes(2, CLUSTER), cluster * CLUSTER);
+        written.unwrap_or_else(|e| panic!("cluster {cluster} of 100 reserved: {e}"));
+    }
+    let e = kept
+        .write_at(&bytes(2, CLUSTER), 101 * CLUSTER)
+        .expect_err("the pool is full");
+    assert_eq!(e.kind(), DiskErrorKind::NoSpace);
+    let huge = NewDisk {
+        reserve: Some(POOL_LEN),
+        ..NewDisk::empty("huge", LEN)
+    };
+    cowdisk::create(&pool, &huge).expect_err("more than there is cannot be promised");
+}
+
+#[test]
+fn an_ephemeral_disk_loses_its_own_contents_at_most() {
+    let (storage, pool) = fresh();
+    let kept = create(&pool, &NewDisk::empty("kept", LEN));
+    let scratch = NewDisk {
+        is_ephemeral: true,
+        ..NewDisk::empty("scratch", LEN)
+    };
+    let scratch = create(&pool, &scratch);
+    let before = storage.counters();
+    for cluster in 0..50 {
+        scratch
+            .write_at(&bytes(7, CLUSTER), cluster * CLUSTER)
+            .expect("writes");
+        scratch.flush().expect("acknowledged");
+    }
+    let after = storage.counters();
+    assert_eq!(
+        (after.flushes, after.durable_writes),
+        (before.flushes, before.durable_writes),
+        "its flushes reach no device"
+    );
+    kept.write_at(&bytes(8, SUB), 0).expect("writes");
+    kept.flush().expect("flushes");
+    for seed in 0..20 {
+        let pool = opened(&Arc::new(storage.crash(seed)));
+        let kept = Disk::open(&pool, "kept").expect("opens");
+        assert_eq!(
+            read(&kept, 0, SUB),
+            bytes(8, SUB),
+            "the other disk is as it was flushed"
+        );
+        let scratch = Disk::open(&pool, "scratch").expect("it is still there");
+        for cluster in 0..50 {
+            let held = read(&scratch, cluster * CLUSTER, CLUSTER);
+            let is_own = held.iter().all(|byte| *byte == 7 || *byte == 0);
+            assert!(is_own, "seed {seed}: something that is not its own");
+        }
+    }
+}
+
+#[test]
+fn a_fork_records_the_same_whatever_the_disk_holds() {
+    let cost = |clusters: u64, depth: u64| {
+        let (storage, pool) = fresh();
+        let disk = create(&pool, &NewDisk::empty("d0", LEN));
+        for cluster in 0..clusters {
+            disk.write_at(&bytes(1, SUB), cluster * CLUSTER)
+                .expect("writes");
+        }
+        for n in 0..depth {
+            cowdisk::fork(&pool, &format!("d{n}"), &[format!("d{}", n + 1)]).expect("forks");
+        }
+        disk.flush().expect("flushes");
+        let count = |storage: &SimStorage| {
+            let counters = storage.counters();
+            (
+                counters.durable_writes,
+                counters.flushes,
+                counters.writes,
+                counters.reads,
+            )
+        };
+        let before = count(&storage);
+        cowdisk::fork(&pool, &format!("d{depth}"), &["last".to_owned()]).expect("forks");
+        let after = count(&storage);
+        (
+            after.0 - before.0,
+            after.1 - before.1,
+            after.2 - before.2,
+            after.3 - before.3,
+        )
+    };
+    let smallest = cost(0, 0);
+    assert_eq!(smallest, (1, 0, 0, 0), "one batch, and nothing else");
+    assert_eq!(cost(300, 0), smallest);
+    assert_eq!(cost(300, 40), smallest);
+}
