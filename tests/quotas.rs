@@ -204,3 +204,33 @@ fn a_fork_records_the_same_whatever_the_disk_holds() {
     assert_eq!(cost(300, 0), smallest);
     assert_eq!(cost(300, 40), smallest);
 }
+
+#[test]
+fn changing_settings_of_a_disk_in_use_keeps_its_reserve_as_it_was_asked_for() {
+    let (_storage, pool) = fresh();
+    let free = pool.space.reservable();
+    let new = NewDisk {
+        reserve: Some(50 * CLUSTER),
+        ..NewDisk::empty("d", LEN)
+    };
+    let disk = create(&pool, &new);
+    disk.write_at(&bytes(1, CLUSTER), 0)
+        .expect("writes, and sets clusters aside");
+    for _ in 0..3 {
+        let limit = Settings {
+            limit: Some(Some(LEN)),
+            ..Settings::default()
+        };
+        cowdisk::set(&pool, "d", &limit).expect("sets");
+    }
+    drop(disk);
+    assert_eq!(
+        pool.space.reservable(),
+        free - 50,
+        "49 are reserved, and one is used"
+    );
+    cowdisk::remove(&pool, "d", false).expect("removes");
+    pool.flush().expect("flushes");
+    while pool.reap(usize::MAX) {}
+    assert_eq!(pool.space.reservable(), free);
+}

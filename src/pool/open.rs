@@ -305,6 +305,8 @@ impl super::volume::Map {
         size: ClusterSize,
         space: &Space,
     ) {
+        // What was set aside from the reserve is counted as reserved again.
+        self.drop_slab(space);
         let (mut subs, mut clusters) = (0_u64, 0_u32);
         let birth = self.birth.0;
         // Without a limit or a reserve nothing is counted: a rollback takes no longer on a large
