@@ -247,19 +247,34 @@ impl Disk {
         waker: &Waker,
     ) -> Result<(), DiskError> {
         let len = u32::try_from(part.len()).expect("at most PART_LEN_MAX");
+        let (_pass, step) = self.settle(waker, |pass, waker| {
+            self.plan_write(pass, offset, len, plan, waker)
+        })?;
+        assert!(
+            matches!(step, Step::Ready),
+            "a write is never pure metadata"
+        );
+        let written = plan.segments().iter().try_for_each(|segment| {
+            let from = len_of(u64::from(segment.at));
+            let to = from + len_of(u64::from(segment.len));
+            self.pool().storage().write_at(&part[from..to], segment.to)
+        });
+        self.complete_write(plan, written.is_ok());
+        written.map_err(DiskError::io("writing the pool"))
+    }
+
+    /// Plans again and again, doing between what the plan asks for and waiting where it must, until
+    /// it is [`Step::Ready`], [`Step::Done`] or [`Step::Blocking`]; with the pass it was planned
+    /// under.
+    pub(super) fn settle(
+        &self,
+        waker: &Waker,
+        mut plan: impl FnMut(&Pass, &Waker) -> Result<Step, DiskError>,
+    ) -> Result<(Pass, Step), DiskError> {
         let mut has_reclaimed = false;
         loop {
             let pass = self.enter_blocking(waker);
-            match self.plan_write(&pass, offset, len, plan, waker)? {
-                Step::Ready => {
-                    let written = plan.segments().iter().try_for_each(|segment| {
-                        let from = len_of(u64::from(segment.at));
-                        let to = from + len_of(u64::from(segment.len));
-                        self.pool().storage().write_at(&part[from..to], segment.to)
-                    });
-                    self.complete_write(plan, written.is_ok());
-                    return written.map_err(DiskError::io("writing the pool"));
-                }
+            match plan(&pass, waker)? {
                 Step::Copy(job) => self.run_copy(job)?,
                 Step::Busy => {
                     drop(pass);
@@ -272,7 +287,7 @@ impl Disk {
                     self.pool().reclaim()?;
                     has_reclaimed = true;
                 }
-                Step::Done | Step::Blocking => unreachable!("a write is never pure metadata"),
+                step @ (Step::Ready | Step::Done | Step::Blocking) => return Ok((pass, step)),
             }
         }
     }
@@ -322,21 +337,12 @@ impl Disk {
         &self,
         plan: impl Fn(&Pass, &Waker) -> Result<Step, DiskError>,
     ) -> Result<(), DiskError> {
-        let waker = thread_waker();
-        loop {
-            let pass = self.enter_blocking(&waker);
-            match plan(&pass, &waker)? {
-                Step::Done => return Ok(()),
-                Step::Busy => {
-                    drop(pass);
-                    std::thread::park();
-                }
-                Step::Full => return Err(DiskError::NoSpace),
-                Step::Ready | Step::Copy(_) | Step::Blocking => {
-                    unreachable!("whole blocks become zeros without I/O")
-                }
-            }
-        }
+        let (_pass, step) = self.settle(&thread_waker(), plan)?;
+        assert!(
+            matches!(step, Step::Done),
+            "whole blocks become zeros without I/O"
+        );
+        Ok(())
     }
 
     /// Makes everything that completed before durable: all disks of the pool share one commit.

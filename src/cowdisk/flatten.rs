@@ -107,26 +107,11 @@ impl Disk {
     }
 
     fn pull_cluster(&self, lcn: Lcn, wanted: u16, waker: &Waker) -> Result<(), DiskError> {
-        let mut has_reclaimed = false;
-        loop {
-            let pass = self.enter_blocking(waker);
-            match self.plan_pull(&pass, lcn, wanted, waker)? {
-                Step::Done => return Ok(()),
-                Step::Copy(job) => self.run_copy(job)?,
-                Step::Busy => {
-                    drop(pass);
-                    std::thread::park();
-                }
-                Step::Full if has_reclaimed => return Err(DiskError::NoSpace),
-                Step::Full => {
-                    // A commit drains disks: not with a pass in hand.
-                    drop(pass);
-                    self.pool().reclaim()?;
-                    has_reclaimed = true;
-                }
-                Step::Ready | Step::Blocking => unreachable!("a pull is a copy"),
-            }
-        }
+        let (_pass, step) = self.settle(waker, |pass, waker| {
+            self.plan_pull(pass, lcn, wanted, waker)
+        })?;
+        assert!(matches!(step, Step::Done), "a pull is a copy");
+        Ok(())
     }
 
     /// Plans to bring those of the blocks `wanted` of `lcn` that still come from the base into the

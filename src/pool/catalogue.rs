@@ -3,7 +3,7 @@
 use super::error::PoolError;
 use super::map::Tree;
 use super::volume::Volume;
-use crate::format::catalogue::{Row, RowKind};
+use crate::format::catalogue::Row;
 use crate::format::journal::Record;
 use crate::format::units::{ClusterSize, DiskId, Generation};
 use crate::sync::Arc;
@@ -182,12 +182,5 @@ impl Catalogue {
             }
         }
         Ok(())
-    }
-
-    /// Names of items whose row is a writable disk.
-    pub fn disk_names(&self) -> impl Iterator<Item = &str> {
-        self.iter()
-            .filter(|item| item.row.kind == RowKind::Disk)
-            .map(|item| item.row.name.as_str())
     }
 }

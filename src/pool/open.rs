@@ -149,16 +149,6 @@ fn fit(storage: &dyn Storage, len: u64) -> Result<(), PoolError> {
     }
 }
 
-/// The note of who has the pool open, for people; empty if there is none.
-#[must_use]
-pub fn read_owner_note(storage: &dyn Storage) -> String {
-    let mut bytes = AlignedBuf::new(4096);
-    match storage.read_at(&mut bytes, OWNER_NOTE_AT) {
-        Ok(()) => parse_owner_note(&bytes),
-        Err(_unreadable) => String::new(),
-    }
-}
-
 /// The note in the block at [`OWNER_NOTE_AT`], for those who may not open the pool as a store
 /// because it is locked: it is them the note is for.
 #[must_use]
