@@ -62,6 +62,8 @@ pub struct Ring {
     backlog: VecDeque<u32>,
     files_free: Vec<u32>,
     in_flight: usize,
+    /// Of those in flight, reads and writes.
+    moving: usize,
 }
 
 impl std::fmt::Debug for Ring {
@@ -105,6 +107,7 @@ impl Ring {
             backlog: VecDeque::new(),
             files_free: (0..files).rev().collect(),
             in_flight: 0,
+            moving: 0,
         })
     }
 
@@ -277,6 +280,9 @@ impl Ring {
         op.first = 0;
         op.token = token;
         self.in_flight += 1;
+        if kind.moves() {
+            self.moving += 1;
+        }
         self.enqueue(index);
     }
 
@@ -316,6 +322,25 @@ impl Ring {
             return Ok(());
         }
         tolerate(self.ring.submitter().submit_and_wait(0))
+    }
+
+    /// Hands over what was started if it is at least one `share`-th of the reads and writes in
+    /// flight: the device works on some while the rest are made, yet a deep queue shares calls.
+    ///
+    /// # Errors
+    /// As `io_uring_enter(2)`.
+    pub fn submit_share(&mut self, share: usize) -> io::Result<()> {
+        if self.ring.submission().len() >= self.moving / share {
+            self.submit()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether reads or writes are in flight.
+    #[must_use]
+    pub fn is_moving(&self) -> bool {
+        self.moving > 0
     }
 
     /// As [`Ring::submit`], then waits until something completed or `timeout` passed.
@@ -398,6 +423,9 @@ impl Ring {
 
     fn release(&mut self, index: u32) -> Option<AlignedBuf> {
         let op = &mut self.ops[to_usize(index)];
+        if op.kind.moves() {
+            self.moving -= 1;
+        }
         op.kind = Kind::Idle;
         self.in_flight -= 1;
         self.free.push(index);

@@ -22,6 +22,13 @@ pub(super) enum Kind {
     Cancelled,
 }
 
+impl Kind {
+    /// Whether bytes are moved.
+    pub(super) fn moves(self) -> bool {
+        matches!(self, Kind::Read | Kind::Write)
+    }
+}
+
 /// What must stay alive while the kernel works on it.
 #[derive(Debug, Default)]
 pub(super) enum Hold {

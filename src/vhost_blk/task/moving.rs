@@ -12,6 +12,10 @@ use crate::vhost_blk::worker::Context;
 
 use super::{Part, Stage, Task};
 
+/// What is started goes to a device once it is this part of what is in flight there. With batches
+/// of 16 at depth 32 a device served 0.9 of what it serves one by one; with an eighth, all of it.
+const SUBMIT_SHARE: usize = 8;
+
 /// What moves a task's bytes.
 #[derive(Debug)]
 pub(in crate::vhost_blk) struct Mover<'a> {
@@ -98,6 +102,10 @@ impl Task {
                 .read(file, piece.offset, memory, mover.runs, token);
         }
         self.pending += 1;
+        if matches!(mover.lane.tier, Tier::Direct { .. }) {
+            // Should it fail, the call before the next sleep fails too, and says so.
+            drop(mover.ring.submit_share(SUBMIT_SHARE));
+        }
     }
 
     /// Moves a piece through buffers of ours; [`Task::unbounce`] takes them back.

@@ -206,7 +206,8 @@ impl Worker {
             && !self.arm()
             && sigbus::losses() == self.losses;
         let result = if is_idle {
-            let before = self.polling.is_on().then(clock::now);
+            let is_timed = self.polling.is_on() && !self.ring.is_moving();
+            let before = is_timed.then(clock::now);
             let result = self.ring.wait(self.timeout());
             if let Some(before) = before {
                 self.polling.slept(clock::now().duration_since(before));
@@ -218,14 +219,17 @@ impl Worker {
         result.expect("io_uring_enter fails only if the ring is misused");
     }
 
-    /// Adaptive polling: looks about for a moment before sleeping; whether something came.
+    /// Adaptive polling: looks about for a moment before sleeping; whether something came. Only
+    /// while nothing but a guest can bring work: a device takes longer than is worth a look, and
+    /// what it has done is cheaper to hear of by the batch.
     fn linger(&mut self) -> bool {
         let window = self.polling.window();
-        if window.is_zero() || self.dry.is_empty() {
+        if window.is_zero() || self.dry.is_empty() || self.ring.submit().is_err() {
             return false;
         }
-        if self.ring.submit().is_err() {
-            return false;
+        if self.ring.is_moving() {
+            // What was in the page cache is there already.
+            return self.ring.is_ready();
         }
         let end = clock::now() + window;
         while clock::now() < end {
