@@ -550,7 +550,7 @@ impl Greedy {
         let Some(pool) = &*guard else { return };
         let mut taken = Vec::new();
         while let Ok(run) = pool.space.take(64, Purpose::Image) {
-            taken.push(run);
+            taken.push(run.clusters);
         }
         let punched = offset / CLUSTER..(offset + len) / CLUSTER;
         let is_free = |run: &std::ops::Range<u32>| {

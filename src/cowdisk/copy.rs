@@ -87,7 +87,7 @@ impl Disk {
         let copies = subs
             .map(|sub| (sub, self.sub_source(map, lcn, place(sub), sub)))
             .collect();
-        map.busy.entry(lcn.0).or_default().is_copying = true;
+        map.busy.entry(lcn.0).or_default().is_exclusive = true;
         CopyJob {
             lcn,
             before,
@@ -119,7 +119,7 @@ impl Disk {
         } else if is_new_cluster {
             pool.space.give_back(job.after.own..job.after.own + 1, true);
         }
-        map.end_copy(job.lcn);
+        map.end_exclusive(job.lcn);
         pool.list_changes(self.volume(), &mut map);
         moved
     }

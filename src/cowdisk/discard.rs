@@ -93,7 +93,7 @@ impl Disk {
             let to = body.end.min((from / turn + 1) * turn);
             let mut map = self.volume().map.write();
             self.check_range(&map, from, to - from)?;
-            if is_being_copied(&map, size, from..to) {
+            if is_exclusive(&map, size, from..to) {
                 map.waiting.push(waker.clone());
                 return Ok(Step::Busy);
             }
@@ -166,10 +166,10 @@ impl Disk {
     }
 }
 
-/// Whether data is being copied into one of the clusters.
-fn is_being_copied(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
+/// Whether one request has one of the clusters for itself.
+fn is_exclusive(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
     let (first, last) = (size.split(range.start).0.0, size.split(range.end - 1).0.0);
     map.busy
         .iter()
-        .any(|(lcn, busy)| busy.is_copying && (first..=last).contains(lcn))
+        .any(|(lcn, busy)| busy.is_exclusive && (first..=last).contains(lcn))
 }

@@ -4,12 +4,12 @@ use super::base::Base;
 use super::error::DiskError;
 use super::pass::Pass;
 use super::plan::{Segment, Source};
-use super::write::{Step, WritePlan};
+use super::write::{Padding, Step, WritePlan, WriteSegment};
 use crate::format::catalogue::RowKind;
 use crate::format::units::{bytes_of, len_of};
 use crate::pool::Pool;
 use crate::pool::volume::Volume;
-use crate::storage::Tier;
+use crate::storage::{AlignedBuf, Tier};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use std::os::fd::BorrowedFd;
@@ -257,10 +257,22 @@ impl Disk {
         let written = plan.segments().iter().try_for_each(|segment| {
             let from = len_of(u64::from(segment.at));
             let to = from + len_of(u64::from(segment.len));
-            self.pool().storage().write_at(&part[from..to], segment.to)
+            self.write_segment(&part[from..to], segment)
         });
         self.complete_write(plan, written.is_ok());
         written.map_err(DiskError::io("writing the pool"))
+    }
+
+    fn write_segment(&self, bytes: &[u8], segment: &WriteSegment) -> std::io::Result<()> {
+        let Padding { before, after } = segment.padding;
+        let storage = self.pool().storage();
+        if (before, after) == (0, 0) {
+            return storage.write_at(bytes, segment.to);
+        }
+        let before_len = len_of(u64::from(before));
+        let mut all = AlignedBuf::new(before_len + bytes.len() + len_of(u64::from(after)));
+        all[before_len..][..bytes.len()].copy_from_slice(bytes);
+        storage.write_at(&all, segment.to - u64::from(before))
     }
 
     /// Plans again and again, doing between what the plan asks for and waiting where it must, until

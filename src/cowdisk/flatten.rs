@@ -135,7 +135,7 @@ impl Disk {
             return Ok(Step::Done);
         }
         let busy = map.busy.get(&lcn.0).copied().unwrap_or_default();
-        if busy.is_copying || busy.fills > 0 {
+        if busy.is_exclusive || busy.fills > 0 {
             map.waiting.push(waker.clone());
             return Ok(Step::Busy);
         }
@@ -144,7 +144,7 @@ impl Disk {
         let planned = check_limit(&map, missing).and_then(|()| {
             let entry = match is_own {
                 true => map.get(lcn),
-                false => self.hang_new(&mut map, lcn, entry)?,
+                false => self.hang_new(&mut map, lcn, entry)?.0,
             };
             Ok(self.copy_up(&mut map, lcn, entry, missing))
         });

@@ -69,4 +69,4 @@ pub use pass::Pass;
 pub use plan::{Segment, Source};
 pub use transfer::{Progress, Qcow2Sink, RawSink, Sink, StreamSink, export, import};
 pub use usage::{DiskUsage, PoolUsage, usage};
-pub use write::{Step, WritePlan, WriteSegment};
+pub use write::{Padding, Step, WritePlan, WriteSegment};

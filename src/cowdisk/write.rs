@@ -5,6 +5,8 @@
 //! - *fill*: the cluster is this disk's alone, the blocks are not allocated: written, and their
 //!   bits set at completion (I2, R1).
 //! - *new*: a cluster is taken, and hung over what was there.
+//!   On a store where holes are slow to fill, a small first write carries zeros for the rest of the
+//!   cluster along, and has the cluster for itself until it is done.
 //! - *copy*: some data must be moved first: blocks that are only written in part, and clusters that
 //!   are shared and would become three deep ([`super::copy`]). Then the write is planned again.
 
@@ -36,6 +38,22 @@ pub enum Step {
     Full,
 }
 
+/// Largest cluster that a first write fills with zeros, bytes.
+const PADDED_CLUSTER_MAX: u64 = 64 << 10;
+/// First writes of more than this part of a cluster are not padded: what is gained does not make
+/// up for what is written in vain.
+const PADDED_PART_MAX: u64 = 4;
+
+/// Zeros to write around a segment, in bytes. A matter of speed alone: nobody reads them, and
+/// nothing else is written there meanwhile, so they may also be left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Padding {
+    /// Before its first byte.
+    pub before: u32,
+    /// After its last byte.
+    pub after: u32,
+}
+
 /// A part of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WriteSegment {
@@ -45,6 +63,8 @@ pub struct WriteSegment {
     pub len: u32,
     /// Byte of the pool's file it goes to.
     pub to: u64,
+    /// Zeros that had better be written with it.
+    pub padding: Padding,
 }
 
 /// Blocks that a write will allocate when it completes: those it covers whole that were not
@@ -56,6 +76,22 @@ struct Fill {
     own: u32,
     /// The blocks; counted for the quota when planned.
     mask: u16,
+    /// The rest of the cluster is filled with zeros.
+    is_padded: bool,
+}
+
+impl Fill {
+    /// The write is over, or does not take place.
+    fn end(&self, map: &mut Map) {
+        map.used_subs = map
+            .used_subs
+            .saturating_sub(u64::from(self.mask.count_ones()));
+        if self.is_padded {
+            map.end_exclusive(self.lcn);
+        } else {
+            map.end_fill(self.lcn);
+        }
+    }
 }
 
 /// Where a write goes. Reusable: its memory is kept from one request to the next.
@@ -74,8 +110,10 @@ impl WritePlan {
 
     fn push(&mut self, segment: WriteSegment) {
         if let Some(last) = self.segments.last_mut() {
-            if last.to + u64::from(last.len) == segment.to {
+            let is_next = last.to + u64::from(last.len) == segment.to;
+            if is_next && last.padding.after == 0 && segment.padding.before == 0 {
                 last.len += segment.len;
+                last.padding.after = segment.padding.after;
                 return;
             }
         }
@@ -170,18 +208,33 @@ impl Disk {
             if !map.is_own(&entry) || touched & !entry.alloc != 0 {
                 return false;
             }
-            self.push_segment(plan, piece, entry.own);
+            self.push_segment(plan, piece, entry.own, Padding::default());
         }
         true
     }
 
-    fn push_segment(&self, plan: &mut WritePlan, piece: Piece, own: u32) {
+    fn push_segment(&self, plan: &mut WritePlan, piece: Piece, own: u32, padding: Padding) {
         let to = self.pool_offset(own, piece.from);
         plan.push(WriteSegment {
             at: piece.at,
             len: piece.to - piece.from,
             to,
+            padding,
         });
+    }
+
+    /// What to write around the first write into a cluster that may be a hole of the store.
+    fn padding(&self, piece: Piece) -> Padding {
+        let bytes = self.pool().cluster_size().bytes();
+        let is_small = u64::from(piece.to - piece.from) * PADDED_PART_MAX <= bytes;
+        if is_small && bytes <= PADDED_CLUSTER_MAX && self.pool().storage().fills_holes_slowly() {
+            Padding {
+                before: piece.from,
+                after: u32::try_from(bytes).expect("at most 64 KiB") - piece.to,
+            }
+        } else {
+            Padding::default()
+        }
     }
 
     fn plan_write_piece(
@@ -194,7 +247,7 @@ impl Disk {
         let size = pool.cluster_size();
         let now = pool.generation();
         let busy = map.busy.get(&piece.lcn.0).copied().unwrap_or_default();
-        if busy.is_copying {
+        if busy.is_exclusive {
             return Err(Stop::Step(Step::Busy));
         }
         let mut entry = map.get(piece.lcn);
@@ -203,9 +256,14 @@ impl Disk {
         entry = map.get(piece.lcn);
         let touched = size.touched(piece.from, piece.to);
         let covered = size.covered(piece.from, piece.to);
+        let mut padding = Padding::default();
         if !is_own {
             check_limit(map, covered)?;
-            entry = self.hang_new(map, piece.lcn, entry)?;
+            let is_hole;
+            (entry, is_hole) = self.hang_new(map, piece.lcn, entry)?;
+            if is_hole && busy.fills == 0 {
+                padding = self.padding(piece);
+            }
         }
         let missing = touched & !entry.alloc;
         let in_part = missing & !covered;
@@ -219,20 +277,30 @@ impl Disk {
         }
         if missing != 0 {
             check_limit(map, missing)?;
-            map.busy.entry(piece.lcn.0).or_default().fills += 1;
+            let is_padded = padding != Padding::default();
+            let busy = map.busy.entry(piece.lcn.0).or_default();
+            busy.fills += 1;
+            busy.is_exclusive = is_padded;
             map.used_subs += u64::from(missing.count_ones());
             plan.fills.push(Fill {
                 lcn: piece.lcn,
                 own: entry.own,
                 mask: missing,
+                is_padded,
             });
         }
-        self.push_segment(plan, piece, entry.own);
+        self.push_segment(plan, piece, entry.own, padding);
         Ok(())
     }
 
     /// Hangs a new cluster over what `entry` says, or asks for a copy if that would be three deep.
-    pub(super) fn hang_new(&self, map: &mut Map, lcn: Lcn, entry: Entry) -> Result<Entry, Stop> {
+    /// Returns the entry, and whether the cluster may be a hole of the store.
+    pub(super) fn hang_new(
+        &self,
+        map: &mut Map,
+        lcn: Lcn,
+        entry: Entry,
+    ) -> Result<(Entry, bool), Stop> {
         let pool = self.pool();
         let take = |map: &mut Map| {
             map.take_cluster(&pool.space).map_err(|e| match e.kind() {
@@ -242,31 +310,30 @@ impl Disk {
                 }
             })
         };
-        let birth = pool.generation().0;
         let rest = entry.rest();
+        let cluster = take(map)?;
+        let hung = Entry {
+            own: cluster.number,
+            birth: pool.generation().0,
+            ..entry
+        };
         let new = if entry.alloc == 0 {
             // Nothing of its own: what is under stays under.
-            Entry {
-                own: take(map)?,
-                birth,
-                ..entry
-            }
+            hung
         } else if rest == 0 || !self.has_data_below(map, lcn, &entry) {
             // Everything not in the old cluster is zeros: the old cluster goes under.
-            let zero = entry.zero | rest;
             Entry {
-                own: take(map)?,
                 under: entry.own,
                 alloc: 0,
-                zero,
-                birth,
+                zero: entry.zero | rest,
+                ..hung
             }
         } else {
-            let target = take(map)?;
-            return Err(Stop::Step(Step::Copy(self.merge(map, lcn, entry, target))));
+            let job = self.merge(map, lcn, entry, cluster.number);
+            return Err(Stop::Step(Step::Copy(job)));
         };
         map.set(&pool.space, lcn, new, pool.generation());
-        Ok(new)
+        Ok((new, !cluster.is_written))
     }
 
     /// Whether sub-clusters in neither mask may hold data: in `under`, or in the base.
@@ -288,9 +355,6 @@ impl Disk {
         let mut map = self.volume().map.write();
         for fill in plan.fills.drain(..) {
             let entry = map.get(fill.lcn);
-            map.used_subs = map
-                .used_subs
-                .saturating_sub(u64::from(fill.mask.count_ones()));
             // The cluster may have been discarded meanwhile: then the write came first.
             if is_ok && entry.own == fill.own {
                 let alloc = entry.alloc | fill.mask;
@@ -301,7 +365,7 @@ impl Disk {
                 };
                 map.set(&pool.space, fill.lcn, new, now);
             }
-            map.end_fill(fill.lcn);
+            fill.end(&mut map);
         }
         pool.list_changes(self.volume(), &mut map);
     }
@@ -320,9 +384,6 @@ pub(super) fn check_limit(map: &Map, more: u16) -> Result<(), Stop> {
 fn undo(map: &mut Map, plan: &mut WritePlan) {
     plan.segments.clear();
     for fill in plan.fills.drain(..) {
-        map.used_subs = map
-            .used_subs
-            .saturating_sub(u64::from(fill.mask.count_ones()));
-        map.end_fill(fill.lcn);
+        fill.end(map);
     }
 }

@@ -243,7 +243,7 @@ impl Writer<'_> {
 
     fn take_cluster(&mut self) -> Result<u32, PoolError> {
         if self.slab.is_empty() {
-            self.slab = self.space.take(64, Purpose::Image)?;
+            self.slab = self.space.take(64, Purpose::Image)?.clusters;
         }
         let cluster = self.slab.next().ok_or(PoolError::NoSpace)?;
         match self.clusters.last_mut() {

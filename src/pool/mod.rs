@@ -55,6 +55,7 @@ pub mod map;
 pub mod open;
 pub mod reclaim;
 pub mod resize;
+pub mod slab;
 pub mod space;
 pub mod volume;
 pub mod walk;

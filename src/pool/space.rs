@@ -9,9 +9,6 @@ use crate::sync::Mutex;
 use std::ops::Range;
 use std::task::Waker;
 
-/// Most clusters a disk sets aside for its next writes.
-pub const SLAB_CLUSTERS_MAX: u32 = 16;
-
 /// Who wants clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
@@ -48,6 +45,15 @@ impl Free {
         };
         (self.written.len() + self.clean.len()).saturating_sub(kept)
     }
+}
+
+/// Clusters taken from the free ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taken {
+    /// Consecutive.
+    pub clusters: Range<u32>,
+    /// They were written before, and the host has blocks for them still.
+    pub is_written: bool,
 }
 
 /// The clusters of a pool.
@@ -88,11 +94,11 @@ impl Space {
         self.wake();
     }
 
-    /// Takes 1 to `most` consecutive clusters. Their count stays 0 until an entry refers to them.
+    /// Takes 1 to `most` consecutive clusters of one kind. Their count stays 0 until an entry refers to them.
     ///
     /// # Errors
     /// [`PoolError::NoSpace`].
-    pub fn take(&self, most: u32, purpose: Purpose) -> Result<Range<u32>, PoolError> {
+    pub fn take(&self, most: u32, purpose: Purpose) -> Result<Taken, PoolError> {
         let mut free = self.free.lock();
         let usable = free.usable(purpose);
         // A pool that is nearly full has nothing to set aside.
@@ -100,7 +106,8 @@ impl Space {
         if usable == 0 {
             return Err(PoolError::NoSpace);
         }
-        let range = if let Some(start) = free.written.next(0) {
+        let first_written = free.written.next(0);
+        let range = if let Some(start) = first_written {
             let range = free.written.run_from(start, most);
             free.written.remove(range.clone());
             range
@@ -117,7 +124,10 @@ impl Space {
             let taken = range.end - range.start;
             free.disk_reserve = free.disk_reserve.saturating_sub(taken);
         }
-        Ok(range)
+        Ok(Taken {
+            clusters: range,
+            is_written: first_written.is_some(),
+        })
     }
 
     /// Gives back clusters nobody refers to. `is_written`: something may have been written there.

@@ -6,14 +6,14 @@ use super::error::PoolError;
 use super::gate::Gate;
 use super::load::Replay;
 use super::map::{Dropped, Leaf, Tree, leaf_of};
-use super::space::{Purpose, SLAB_CLUSTERS_MAX, Space};
+use super::slab::{NewCluster, Slab};
+use super::space::{Purpose, Space};
 use crate::format::catalogue::Row;
 use crate::format::journal::{Entry, Record};
 use crate::format::units::{ClusterSize, DiskId, Generation, Lcn};
 use crate::sync::atomic::AtomicU32;
 use crate::sync::{Arc, RwLock};
 use std::collections::HashMap;
-use std::ops::Range;
 use std::task::Waker;
 
 /// A disk or snapshot.
@@ -34,8 +34,9 @@ pub struct Volume {
 pub struct Busy {
     /// Writes under way to sub-clusters not yet allocated.
     pub fills: u32,
-    /// Data is being copied into it: nothing else may change its entry.
-    pub is_copying: bool,
+    /// One request writes all of it (a copy, or a first write with zeros around it): nothing else
+    /// may write to it or change its entry.
+    pub is_exclusive: bool,
 }
 
 /// The map of a disk and all that changes with it.
@@ -69,8 +70,7 @@ pub struct Map {
     pub is_deleted: bool,
     /// Whether the pool knows that there is something to collect here.
     pub is_listed: bool,
-    slab: Range<u32>,
-    is_slab_reserved: bool,
+    slab: Slab,
     dirty_leaves: Vec<u32>,
     unmaps: Vec<(Lcn, u32, bool)>,
     drops: Vec<Dropped>,
@@ -101,8 +101,7 @@ impl Volume {
             waiting: Vec::new(),
             is_deleted: false,
             is_listed: false,
-            slab: 0..0,
-            is_slab_reserved: false,
+            slab: Slab::default(),
             dirty_leaves: Vec::new(),
             unmaps: Vec::new(),
             drops: Vec::new(),
@@ -187,36 +186,19 @@ impl Map {
     ///
     /// # Errors
     /// [`PoolError::NoSpace`].
-    pub fn take_cluster(&mut self, space: &Space) -> Result<u32, PoolError> {
-        if self.slab.is_empty() {
-            self.slab = if self.reserve_left > 0 {
-                let most = SLAB_CLUSTERS_MAX.min(self.reserve_left);
-                let slab = space.take(most, Purpose::ReservedData)?;
-                self.reserve_left -= slab.end - slab.start;
-                self.is_slab_reserved = true;
-                slab
-            } else {
-                self.is_slab_reserved = false;
-                space.take(SLAB_CLUSTERS_MAX, Purpose::Data)?
-            };
-        }
-        self.slab.next().ok_or(PoolError::NoSpace)
+    pub fn take_cluster(&mut self, space: &Space) -> Result<NewCluster, PoolError> {
+        self.slab.take(space, &mut self.reserve_left)
     }
 
     /// Gives back what was set aside and not used.
     pub fn drop_slab(&mut self, space: &Space) {
-        if self.is_slab_reserved {
-            // The promise stays: what was reserved and not used is reserved again.
-            self.reserve_left += self.slab_len();
-            space.change_disk_reserve(i64::from(self.slab_len()));
-        }
-        space.give_back(std::mem::take(&mut self.slab), true);
+        self.slab.give_back(space, &mut self.reserve_left);
     }
 
     /// Clusters set aside and not used.
     #[must_use]
     pub fn slab_len(&self) -> u32 {
-        self.slab.end - self.slab.start
+        self.slab.len()
     }
 
     /// Drops a reference that no entry of this map holds any more.
@@ -403,15 +385,15 @@ impl Map {
     pub fn end_fill(&mut self, lcn: Lcn) {
         if let Some(busy) = self.busy.get_mut(&lcn.0) {
             busy.fills = busy.fills.saturating_sub(1);
-            if busy.fills == 0 && !busy.is_copying {
+            if busy.fills == 0 && !busy.is_exclusive {
                 self.busy.remove(&lcn.0);
                 self.wake();
             }
         }
     }
 
-    /// Marks `lcn` as no longer copied into, and wakes who waits for that.
-    pub fn end_copy(&mut self, lcn: Lcn) {
+    /// Marks `lcn` as no longer one request's alone, and wakes who waits for that.
+    pub fn end_exclusive(&mut self, lcn: Lcn) {
         self.busy.remove(&lcn.0);
         self.wake();
     }

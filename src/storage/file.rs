@@ -433,6 +433,10 @@ impl Storage for FileStorage {
         Ok(Some((start, end.min(len))))
     }
 
+    fn fills_holes_slowly(&self) -> bool {
+        matches!(self.tier, Tier::Direct { .. }) && !self.is_block_device()
+    }
+
     fn tier(&self) -> Tier {
         self.tier
     }

@@ -124,6 +124,13 @@ pub trait Storage: Send + Sync + Debug {
     /// What the device said.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
 
+    /// Whether the first write to a part of the store is much slower than the next, so that it is
+    /// worth writing more than was asked for: a hole of a file has to get blocks first, under a
+    /// lock of the file, and with `O_DIRECT` the writer waits for that.
+    fn fills_holes_slowly(&self) -> bool {
+        false
+    }
+
     /// How a ring must treat [`Storage::as_fd`].
     fn tier(&self) -> Tier;
 

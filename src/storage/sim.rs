@@ -103,6 +103,7 @@ struct State {
     /// The value of `counters.changes()` at which the power goes.
     cut_at: Option<u64>,
     is_off: bool,
+    has_slow_holes: bool,
     rng: Rng,
 }
 
@@ -143,6 +144,7 @@ impl SimStorage {
                 faults: Vec::new(),
                 cut_at: None,
                 is_off: false,
+                has_slow_holes: false,
                 rng: Rng(0),
             }),
         }
@@ -171,6 +173,11 @@ impl SimStorage {
     /// there stays. `u64::MAX` for no limit.
     pub fn set_capacity(&self, bytes: u64) {
         self.state.lock().medium.set_capacity(bytes);
+    }
+
+    /// The answer to [`Storage::fills_holes_slowly`] from now on, after crashes too; `false` when made.
+    pub fn set_slow_holes(&self, is_slow: bool) {
+        self.state.lock().has_slow_holes = is_slow;
     }
 
     /// The power goes during the changing operation (any but a read) after `skip` more of them.
@@ -209,19 +216,26 @@ impl SimStorage {
     /// on, everything durable; this one is not changed.
     #[must_use]
     pub fn crash(&self, seed: u64) -> Self {
-        Self::from_medium(self.state.lock().medium.crash(seed))
+        self.after_crash(|medium| medium.crash(seed))
     }
 
     /// As [`SimStorage::crash`], where nothing survived that no flush had saved.
     #[must_use]
     pub fn crash_all_lost(&self) -> Self {
-        Self::from_medium(self.state.lock().medium.crash_all_lost())
+        self.after_crash(Medium::crash_all_lost)
     }
 
     /// As [`SimStorage::crash`], where everything survived.
     #[must_use]
     pub fn crash_all_kept(&self) -> Self {
-        Self::from_medium(self.state.lock().medium.crash_all_kept())
+        self.after_crash(Medium::crash_all_kept)
+    }
+
+    fn after_crash(&self, crash: impl FnOnce(&Medium) -> Medium) -> Self {
+        let state = self.state.lock();
+        let after = Self::from_medium(crash(&state.medium));
+        after.set_slow_holes(state.has_slow_holes);
+        after
     }
 
     /// Every distinct disk a crash now may leave behind, if there are at most `max`.
@@ -408,6 +422,10 @@ impl Storage for SimStorage {
 
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         Ok(self.state.lock().medium.next_data(offset))
+    }
+
+    fn fills_holes_slowly(&self) -> bool {
+        self.state.lock().has_slow_holes
     }
 
     fn tier(&self) -> Tier {

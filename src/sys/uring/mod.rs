@@ -15,7 +15,8 @@ use std::time::Duration;
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use op::{Hold, Kind, Op, carry_on, errno_result, to_u32, to_usize};
+pub use op::ZEROS_LEN;
+use op::{Hold, Kind, Op, carry_on, errno_result, to_u32, to_u64, to_usize};
 
 use super::buffer::AlignedBuf;
 use super::fd::Event;
@@ -52,8 +53,8 @@ pub struct Completion {
 /// See the module.
 ///
 /// # Invariants
-/// For every operation that is not `Idle`, `iovs` names memory that `hold` keeps alive, and
-/// neither changes until its last completion was seen.
+/// For every operation that is not `Idle`, `iovs` names memory that `hold` keeps alive, or zeros
+/// that are only written from, and neither changes until its last completion was seen.
 pub struct Ring {
     ring: IoUring,
     ops: Vec<Op>,
@@ -152,39 +153,45 @@ impl Ring {
         runs: &[GuestRun],
         token: u64,
     ) {
-        self.start_guest(Kind::Read, file, offset, memory, runs, token);
+        let index = self.slot();
+        let op = &mut self.ops[to_usize(index)];
+        op.iovs.clear();
+        op.iovs.extend(runs.iter().map(|run| memory.iovec(run)));
+        self.launch_guest(index, Kind::Read, file, offset, memory, token);
     }
 
-    /// Writes `runs` (at most [`IOV_MAX`]) of `memory` to `file` at byte `offset`.
+    /// Writes `runs` of `memory` to `file` at byte `offset`, and zeros right `before` and `after`
+    /// them (bytes, at most [`ZEROS_LEN`] each). At most [`IOV_MAX`] pieces in all.
     pub fn write(
         &mut self,
         file: FileIndex,
         offset: u64,
         memory: &GuestPin,
         runs: &[GuestRun],
+        (before, after): (usize, usize),
         token: u64,
     ) {
-        self.start_guest(Kind::Write, file, offset, memory, runs, token);
+        let index = self.slot();
+        let op = &mut self.ops[to_usize(index)];
+        op.iovs.clear();
+        op.push_zeros(before);
+        op.iovs.extend(runs.iter().map(|run| memory.iovec(run)));
+        op.push_zeros(after);
+        let begin = offset - to_u64(before);
+        self.launch_guest(index, Kind::Write, file, begin, memory, token);
     }
 
-    fn start_guest(
+    fn launch_guest(
         &mut self,
+        index: u32,
         kind: Kind,
         file: FileIndex,
         offset: u64,
         memory: &GuestPin,
-        runs: &[GuestRun],
         token: u64,
     ) {
-        assert!(
-            runs.len() <= IOV_MAX,
-            "{} buffers in one operation",
-            runs.len()
-        );
-        let index = self.slot();
         let op = &mut self.ops[to_usize(index)];
-        op.iovs.clear();
-        op.iovs.extend(runs.iter().map(|run| memory.iovec(run)));
+        assert!(op.iovs.len() <= IOV_MAX, "{} buffers", op.iovs.len());
         op.hold = Hold::Guest(memory.clone());
         self.launch(index, kind, file, offset, token);
     }

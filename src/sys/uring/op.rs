@@ -52,7 +52,27 @@ pub(super) struct Op {
     pub(super) token: u64,
 }
 
+/// Most zeros written before or after guest memory, bytes.
+pub const ZEROS_LEN: usize = 64 << 10;
+
+#[repr(align(4096))]
+struct Zeros([u8; ZEROS_LEN]);
+
+/// Written from, never to.
+static ZEROS: Zeros = Zeros([0; ZEROS_LEN]);
+
 impl Op {
+    /// `len` zeros come next.
+    pub(super) fn push_zeros(&mut self, len: usize) {
+        if len > 0 {
+            let zeros = &ZEROS.0[..len];
+            self.iovs.push(libc::iovec {
+                iov_base: zeros.as_ptr().cast_mut().cast(),
+                iov_len: zeros.len(),
+            });
+        }
+    }
+
     /// What to submit, or submit again, for this operation in slot `index`.
     pub(super) fn entry(&self, index: u32) -> squeue::Entry {
         let op = self;
@@ -118,4 +138,8 @@ pub(super) fn to_usize(index: u32) -> usize {
 
 pub(super) fn to_u32(len: usize) -> u32 {
     u32::try_from(len).expect("lengths come from 32-bit guest lengths")
+}
+
+pub(super) fn to_u64(len: usize) -> u64 {
+    u64::try_from(len).expect("u64 has at least the bits of usize")
 }

@@ -14,7 +14,7 @@ mod moving;
 
 use std::time::Instant;
 
-use crate::cowdisk::{DiskError, DiskErrorKind, Pass, Source, Step, Tier, WritePlan};
+use crate::cowdisk::{DiskError, DiskErrorKind, Padding, Pass, Source, Step, Tier, WritePlan};
 use crate::sys::buffer::AlignedBuf;
 use crate::sys::mmap::GuestPin;
 use crate::sys::uring::Completion;
@@ -177,6 +177,7 @@ impl Task {
                 len: segment.len,
                 offset,
                 is_write: false,
+                padding: Padding::default(),
             };
             match segment.source {
                 Source::Pool(offset) => self.move_pool(mover, piece(offset)),
@@ -207,16 +208,14 @@ impl Task {
                 self.stage = Stage::Writing;
                 let plan = std::mem::take(&mut self.plan);
                 for segment in plan.segments() {
-                    let (at, len, offset) = (segment.at, segment.len, segment.to);
-                    self.move_pool(
-                        mover,
-                        Piece {
-                            at,
-                            len,
-                            offset,
-                            is_write: true,
-                        },
-                    );
+                    let piece = Piece {
+                        at: segment.at,
+                        len: segment.len,
+                        offset: segment.to,
+                        is_write: true,
+                        padding: segment.padding,
+                    };
+                    self.move_pool(mover, piece);
                 }
                 self.plan = plan;
                 self.settle_if_done(mover)

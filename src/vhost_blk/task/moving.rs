@@ -1,7 +1,7 @@
 //! Moving a request's bytes: straight between guest memory and the file where alignment lets it
 //! be, through buffers of ours where it does not.
 
-use crate::cowdisk::{DiskErrorKind, Tier};
+use crate::cowdisk::{DiskErrorKind, Padding, Tier};
 use crate::sys::buffer::AlignedBuf;
 use crate::sys::mmap::{GuestRun, IOV_MAX, cut_runs};
 use crate::sys::uring::{FileIndex, Ring};
@@ -34,6 +34,8 @@ pub(super) struct Piece {
     pub(super) len: u32,
     pub(super) offset: u64,
     pub(super) is_write: bool,
+    /// Zeros to write around it, where that takes no copying.
+    pub(super) padding: Padding,
 }
 
 /// Tokens of ring operations: the task below, one more than the part above (0: no buffer).
@@ -48,6 +50,10 @@ pub(in crate::vhost_blk) fn task_of(token: u64) -> u32 {
 
 pub(super) fn part_of(token: u64) -> Option<usize> {
     usize::try_from(token >> 32).ok()?.checked_sub(1)
+}
+
+fn to_usize(len: u32) -> usize {
+    usize::try_from(len).expect("usize has at least 32 bits")
 }
 
 impl Mover<'_> {
@@ -86,16 +92,18 @@ impl Task {
 
     pub(super) fn move_ring(&mut self, mover: &mut Mover<'_>, piece: Piece, is_aligned: bool) {
         let file = mover.lane.files.pool;
-        if !is_aligned || mover.runs.len() > IOV_MAX {
+        if !is_aligned || mover.runs.len() + 2 > IOV_MAX {
             self.move_bounced(mover, file, piece);
             return;
         }
         let memory = self.memory.as_ref().expect("a task in use has memory");
         let token = token(mover.task, 0);
         if piece.is_write {
+            let Padding { before, after } = piece.padding;
+            let padding = (to_usize(before), to_usize(after));
             mover
                 .ring
-                .write(file, piece.offset, memory, mover.runs, token);
+                .write(file, piece.offset, memory, mover.runs, padding, token);
         } else {
             mover
                 .ring
@@ -116,7 +124,7 @@ impl Task {
             let at = piece.at + done;
             let part = self.add_part(at, len);
             let mut buffer = mover.bounce.take(len);
-            let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+            let bytes = to_usize(len);
             let offset = piece.offset + u64::from(done);
             let token = token(mover.task, part);
             if piece.is_write {
@@ -184,7 +192,7 @@ impl Task {
             let work = Work::Base {
                 base: base.clone(),
                 offset: piece.offset + u64::from(done),
-                len: usize::try_from(len).unwrap_or(usize::MAX),
+                len: to_usize(len),
                 buffer: mover.bounce.take(len),
             };
             mover.lane.device.helpers.submit(work, mover.ticket(part));
@@ -227,7 +235,7 @@ impl Task {
         if let (Some(part), true, Stage::Reading) = (part, is_ok, self.stage) {
             mover.runs.clear();
             cut_runs(&self.request.data, part.at, part.len, mover.runs);
-            let len = usize::try_from(part.len).unwrap_or(usize::MAX);
+            let len = to_usize(part.len);
             self.pin().scatter(mover.runs, &buffer.bytes()[..len]);
         }
         mover.bounce.give(buffer);
