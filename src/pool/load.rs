@@ -11,11 +11,14 @@ use crate::format::image::decode_token;
 use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
 use crate::format::journal::Entry;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::format::units::{Cluster, DiskId, bytes_of};
+use crate::format::units::{Cluster, DiskId, bytes_of, index};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Arc;
 use std::collections::HashSet;
 use std::ops::Range;
+
+/// Bytes of an image read at once: a device asked for one cluster at a time is idle in between.
+const READ_LEN: u64 = 4 << 20;
 
 /// What replay carries along.
 #[derive(Debug)]
@@ -139,6 +142,7 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
             Ok(None) => break None,
             Err(fault) => break Some(fault),
         };
+        catalogue.fetch(&records);
         let mut records = records.into_iter();
         let replayed = records.try_for_each(|record| catalogue.replay(record, &mut replay, size));
         if let Err(fault) = replayed {
@@ -179,7 +183,7 @@ fn load_image(
         seq: image.seq,
     };
     let mut block = AlignedBuf::new(size.len());
-    let read = |cluster: u32, block: &mut AlignedBuf| {
+    let read = |cluster: u32, block: &mut [u8]| {
         let read = storage.read_at(block, size.offset(Cluster(cluster)));
         read.map_err(PoolError::storage("reading the checkpoint image"))
     };
@@ -200,20 +204,27 @@ fn load_image(
         head = next;
     }
     let blocks = image.len / size.bytes();
+    let per_read = u32::try_from(READ_LEN / size.bytes()).unwrap_or(1).max(1);
+    let mut part = AlignedBuf::new(size.len() * index(per_read));
     let mut loader = Loader::default();
     let mut number = 0_u32;
     for extent in &extents {
-        clusters.push(extent.start..extent.start + extent.count);
-        for cluster in extent.start..extent.start + extent.count {
-            if u64::from(number) == blocks {
-                break;
+        let end = extent.start + extent.count;
+        clusters.push(extent.start..end);
+        let mut at = extent.start;
+        while at < end && u64::from(number) < blocks {
+            let left = u32::try_from(blocks - u64::from(number)).unwrap_or(u32::MAX);
+            let count = per_read.min(end - at).min(left);
+            let part = &mut part[..size.len() * index(count)];
+            read(at, part)?;
+            for block in part.chunks(size.len()) {
+                let mut tokens = unseal_block(stamp, number, block)?;
+                while let Some(token) = decode_token(&mut tokens)? {
+                    loader.feed(token)?;
+                }
+                number += 1;
             }
-            read(cluster, &mut block)?;
-            let mut tokens = unseal_block(stamp, number, &block)?;
-            while let Some(token) = decode_token(&mut tokens)? {
-                loader.feed(token)?;
-            }
-            number += 1;
+            at += count;
         }
     }
     Ok((loader.finish(image.seq)?, clusters))

@@ -6,6 +6,7 @@
 //! - [`mod@file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
 //!   durable writes, holes, open-file-description locks.
 //! - [`fd`]: eventfds, our own and those that come over a socket.
+//! - [`memory`]: large tables in huge pages.
 //! - [`mmap`]: guest memory shared by a vhost-user front end.
 //! - [`sigbus`]: surviving guest memory that is taken away.
 //! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
@@ -15,6 +16,7 @@ pub mod clock;
 pub mod fd;
 pub mod file;
 mod mapping;
+pub mod memory;
 pub mod mmap;
 pub mod sigbus;
 pub mod uring;
