@@ -1,11 +1,11 @@
 //! The disks and snapshots of a pool by identity and by name.
 
 use super::error::PoolError;
-use super::map::Tree;
+use super::map::{Tree, leaf_of};
 use super::volume::Volume;
 use crate::format::catalogue::Row;
 use crate::format::journal::Record;
-use crate::format::units::{ClusterSize, DiskId, Generation};
+use crate::format::units::{ClusterSize, DiskId, Generation, index};
 use crate::sync::Arc;
 use std::collections::BTreeMap;
 
@@ -122,7 +122,11 @@ impl Catalogue {
             let map = item.volume.map.read();
             for record in run {
                 if let Record::Map { lcn, .. } = record {
-                    all |= map.get(*lcn).own;
+                    let (number, place) = leaf_of(*lcn);
+                    let leaf = map.tree.leaf(number);
+                    // The count of references lies apart from the entries.
+                    all |= leaf.map_or(0, |leaf| Arc::strong_count(leaf));
+                    all |= leaf.map_or(0, |leaf| index(leaf.entries[place].own));
                 }
             }
         }

@@ -9,9 +9,9 @@ use super::map::Leaf;
 use super::volume::Volume;
 use crate::format::image::decode_token;
 use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
-use crate::format::journal::Entry;
+use crate::format::journal::{Entry, Record};
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::format::units::{Cluster, DiskId, bytes_of, index};
+use crate::format::units::{Cluster, ClusterSize, DiskId, bytes_of, index};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Arc;
 use std::collections::HashSet;
@@ -19,6 +19,9 @@ use std::ops::Range;
 
 /// Bytes of an image read at once: a device asked for one cluster at a time is idle in between.
 const READ_LEN: u64 = 4 << 20;
+
+/// Records whose entries are fetched together: few enough to stay near until they are replaced.
+const RECORDS_FETCHED: usize = 512;
 
 /// What replay carries along.
 #[derive(Debug)]
@@ -142,10 +145,7 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
             Ok(None) => break None,
             Err(fault) => break Some(fault),
         };
-        catalogue.fetch(&records);
-        let mut records = records.into_iter();
-        let replayed = records.try_for_each(|record| catalogue.replay(record, &mut replay, size));
-        if let Err(fault) = replayed {
+        if let Err(fault) = replay_all(records, &mut catalogue, &mut replay, size) {
             break Some(fault);
         }
     };
@@ -157,6 +157,23 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
         image_clusters,
         journal_fault,
     })
+}
+
+fn replay_all(
+    records: Vec<Record>,
+    catalogue: &mut Catalogue,
+    replay: &mut Replay,
+    size: ClusterSize,
+) -> Result<(), PoolError> {
+    let mut left = records.into_iter();
+    while !left.as_slice().is_empty() {
+        let next = &left.as_slice()[..left.len().min(RECORDS_FETCHED)];
+        catalogue.fetch(next);
+        for record in left.by_ref().take(RECORDS_FETCHED) {
+            catalogue.replay(record, replay, size)?;
+        }
+    }
+    Ok(())
 }
 
 /// Loads the image in force, and lists its clusters.
