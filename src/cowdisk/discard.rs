@@ -149,13 +149,17 @@ impl Disk {
             zero: old.zero | mask,
             ..old
         };
-        let is_empty = zeroed.zero == u16::MAX;
-        let new = if is_empty && (may_unmap || old.own == 0) {
+        let is_over_base = pool.cluster_size().disk_offset(lcn) < map.base_len;
+        let has_below = zeroed.under != 0 || is_over_base;
+        let is_empty = zeroed.alloc == 0 && (zeroed.zero == u16::MAX || !has_below);
+        // Writes in flight to other blocks of the cluster are going to allocate them.
+        let is_filled = map.busy.get(&lcn.0).is_some_and(|busy| busy.fills > 0);
+        let new = if is_empty && !is_filled && (may_unmap || old.own == 0) {
             Entry {
-                zero: u16::MAX,
+                zero: if is_over_base { u16::MAX } else { 0 },
                 ..Entry::default()
             }
-        } else if is_empty {
+        } else if zeroed.zero == u16::MAX {
             Entry { under: 0, ..zeroed }
         } else {
             zeroed

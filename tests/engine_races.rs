@@ -1,0 +1,53 @@
+//! Goal: requests and operations that meet do not undo one another.
+//!
+//! Method: a request that is planned but not completed is I/O in flight, so each meeting is spelled
+//! out; where threads must meet, one is held at a gate or in the store until the other is there.
+
+mod common;
+
+use common::{CLUSTER, SUB, begin_write, bytes, disk, fresh, move_bytes, opened, read};
+use std::sync::Arc;
+use tidepool::cowdisk::{self, Disk};
+use tidepool::pool::Pool;
+
+/// The write's blocks are not the discard's, so neither has anything to do with the other; the
+/// discard found nothing allocated in the cluster and took it away, with the write in flight.
+#[test]
+fn a_discard_beside_a_write_in_flight_leaves_it_its_cluster() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    // Every block of the cluster is known to be zeros.
+    for sub in 0..16 {
+        d.discard(sub * SUB, SUB).expect("discards");
+    }
+    let new = bytes(7, SUB);
+    let (pass, mut plan) = begin_write(&d, 5 * SUB, &new);
+    d.discard(3 * SUB, SUB).expect("discards");
+    move_bytes(&d, &plan, &new);
+    d.complete_write(&mut plan, true);
+    drop(pass);
+    assert!(read(&d, 5 * SUB, SUB) == new, "it completed");
+    d.flush().expect("flushes");
+    let again = opened(&Arc::new(storage.crash_all_lost()));
+    let d = Disk::open(&again, "d").expect("there");
+    assert!(read(&d, 5 * SUB, SUB) == new, "it was acknowledged");
+}
+
+/// A file system that frees one block of a cluster that has only that one gives the cluster back,
+/// whether or not there is a base that its other blocks would show; and to discard what was never
+/// written makes the map no larger.
+#[test]
+fn the_last_block_of_a_cluster_takes_it_along() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", 64 * 64 * CLUSTER);
+    let used = |pool: &Arc<Pool>| cowdisk::usage(pool).expect("measures").used;
+    d.write_at(&bytes(7, SUB), 5 * SUB).expect("writes");
+    assert_eq!(used(&pool), CLUSTER);
+    d.discard(5 * SUB, SUB).expect("discards");
+    assert_eq!(used(&pool), 0);
+    for leaf in 1..64 {
+        d.discard(leaf * 64 * CLUSTER, SUB).expect("discards");
+    }
+    let item = pool.find("d").expect("there");
+    assert_eq!(item.volume.map.read().tree.next_leaf(1), None);
+}
