@@ -51,3 +51,26 @@ fn the_last_block_of_a_cluster_takes_it_along() {
     let item = pool.find("d").expect("there");
     assert_eq!(item.volume.map.read().tree.next_leaf(1), None);
 }
+
+/// What a killed process wrote is in the host's cache: the device has it only after a flush, and
+/// the next process is the one to be asked for that.
+#[test]
+fn a_flush_covers_what_the_process_before_wrote() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    d.write_at(&bytes(1, CLUSTER), 0).expect("writes");
+    d.flush().expect("flushes");
+    d.write_at(&bytes(2, CLUSTER), 0).expect("in place");
+    // Killed: nothing of the pool is left but what it wrote.
+    drop((d, pool));
+    let pool = opened(&storage);
+    let d = Disk::open(&pool, "d").expect("there");
+    assert!(
+        read(&d, 0, CLUSTER) == bytes(2, CLUSTER),
+        "it is in the cache"
+    );
+    d.flush().expect("flushes");
+    let pool = opened(&Arc::new(storage.crash_all_lost()));
+    let d = Disk::open(&pool, "d").expect("there");
+    assert!(read(&d, 0, CLUSTER) == bytes(2, CLUSTER), "it was flushed");
+}

@@ -231,7 +231,13 @@ impl Pool {
     }
 
     /// Batches of this opening are told from those of earlier ones (R9).
+    ///
+    /// What was just read may be in the host's cache only, if whoever wrote it was killed. From
+    /// here on it counts as durable: batches follow the last one replayed, clusters it freed are
+    /// used again, and a flush acknowledges what was written before.
     pub(super) fn begin_epoch(&self, owner: &str) -> Result<(), PoolError> {
+        let flushed = self.storage.flush();
+        flushed.map_err(|e| self.poison("flushing what was written before", e))?;
         self.write_owner_note(owner)?;
         let mut superblock = self.superblock();
         superblock.open_epoch += 1;
