@@ -382,11 +382,6 @@ impl World {
         let now = self.disks[&snapshot].now.clone();
         self.disks.get_mut(&disk).expect("snapshots have disks").now = now;
         self.changed(&disk);
-        // A rollback is a change, but a fork of what the disk is now may be committed into it.
-        self.disks
-            .get_mut(&disk)
-            .expect("snapshots have disks")
-            .parent_is_unchanged = false;
         self.all_durable();
     }
 
@@ -409,8 +404,9 @@ impl World {
         cowdisk::commit(&self.pool, &child).expect("the parent has not changed");
         self.changed(&parent);
         let target = self.disks.get_mut(&parent).expect("filtered");
+        let len = target.now.len().max(flat.now.len());
         target.now = flat.now;
-        target.parent_is_unchanged = false;
+        target.now.resize(len, 0);
         self.disks
             .get_mut(&child)
             .expect("picked")

@@ -145,11 +145,12 @@ pub fn rollback(pool: &Arc<Pool>, snapshot: &str) -> Result<(), DiskError> {
         let what = format!("`{snapshot}` is not a snapshot: name one as DISK@SNAPSHOT");
         return Err(PoolError::invalid(what).into());
     };
-    replace_by(pool, snapshot, disk, |_, _| Ok(()))
+    replace_by(pool, snapshot, disk, |snapshot, _| Ok(snapshot.row.size))
 }
 
 /// Makes the parent of `child` what the child is. The parent must not have changed since the fork;
-/// both are equal afterwards, and go on from there.
+/// both are equal afterwards, and go on from there. A parent that is longer stays so, and reads as
+/// zeros beyond the child's end.
 ///
 /// # Errors
 /// The child has no parent disk, the parent has changed or is in use, or as [`Pool::flush`].
@@ -181,16 +182,17 @@ pub fn commit(pool: &Arc<Pool>, child: &str) -> Result<(), DiskError> {
                 parent.row.name, child.row.name
             )));
         }
-        Ok(())
+        Ok(child.row.size.max(parent.row.size))
     })
 }
 
-/// The map of `target` becomes that of `source`.
+/// The map of `target` becomes that of `source`, if `check` allows it; it says how many bytes
+/// `target` has afterwards.
 fn replace_by(
     pool: &Arc<Pool>,
     source: &str,
     target: &str,
-    check: impl Fn(&Item, &Item) -> Result<(), PoolError>,
+    check: impl Fn(&Item, &Item) -> Result<u64, PoolError>,
 ) -> Result<(), DiskError> {
     let (from, to) = (pool.find(source)?, pool.find(target)?);
     let drained = [Arc::clone(&from.volume), Arc::clone(&to.volume)];
@@ -198,12 +200,12 @@ fn replace_by(
         let from = same_item(pool, source, &from)?;
         let to = same_item(pool, target, &to)?;
         check_unused(&to)?;
-        check(&from, &to)?;
+        // The birth stays: neither is a new fork of the target's own parent, which may have changed
+        // since the last.
         let row = Row {
-            size: from.row.size,
+            size: check(&from, &to)?,
             base: from.row.base.clone(),
             base_len: from.row.base_len,
-            birth_generation: pool.generation(),
             ..to.row.clone()
         };
         transaction.check_row(&row)?;

@@ -59,7 +59,8 @@ pub struct Row {
     pub name: String,
     /// Writable or not.
     pub kind: RowKind,
-    /// What it was forked from, while that exists; its grandparent after that.
+    /// What it was forked from, while that exists; its grandparent after that, if that is still
+    /// what the parent was forked from.
     pub parent: Option<DiskId>,
     /// The disk all disks related to it by fork began with.
     pub family: DiskId,
@@ -67,7 +68,8 @@ pub struct Row {
     pub size: u64,
     /// Seconds since 1970.
     pub created: u64,
-    /// Generation it was created or last forked in: what it allocated since counts for its quota.
+    /// Generation it was created in, forked in, or last equal to its parent in, by a commit: what it
+    /// allocated since counts for its quota, and if its parent changed since, it is not committed.
     pub birth_generation: Generation,
     /// What unwritten parts read as, instead of zeros.
     pub base: Option<BaseRef>,

@@ -79,16 +79,24 @@ impl Catalogue {
         self.items.insert(row.id, Item { row, volume });
     }
 
-    /// Takes an item out; its children become children of its parent.
+    /// Takes an item out; its children become children of its parent, unless that changed since
+    /// the item was forked from it: a commit into it would look no further back than the child's
+    /// own birth, and undo those changes.
     pub fn remove(&mut self, id: DiskId) -> Option<Item> {
         let item = self.items.remove(&id)?;
         self.names.remove(&item.row.name);
+        let is_as_forked = |parent: &Item| {
+            let changed = parent.volume.map.read().changed;
+            changed <= item.row.birth_generation
+        };
+        let heir = item.row.parent;
+        let heir = heir.filter(|heir| self.items.get(heir).is_some_and(is_as_forked));
         for child in self
             .items
             .values_mut()
             .filter(|child| child.row.parent == Some(id))
         {
-            child.row.parent = item.row.parent;
+            child.row.parent = heir;
         }
         Some(item)
     }

@@ -54,7 +54,7 @@ pub struct Map {
     pub last_fork: Generation,
     /// Generation of the last change of the map.
     pub changed: Generation,
-    /// Generation of its creation or fork; its quota counts from there.
+    /// As [`Row::birth_generation`]; its quota counts from there.
     pub birth: Generation,
     /// Most sub-clusters it may allocate since then.
     pub limit_subs: Option<u64>,
@@ -464,11 +464,10 @@ impl Map {
         self.changed = Generation(replay.generation);
     }
 
-    /// The map becomes a fork's, in `generation`.
+    /// The map becomes a fork's, in `generation`. Its row says when the disk was born.
     pub fn become_fork(&mut self, tree: Tree, generation: Generation) {
         self.tree = tree;
         self.last_fork = generation;
         self.changed = generation;
-        self.birth = generation;
     }
 }
