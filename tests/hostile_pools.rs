@@ -422,7 +422,8 @@ fn images_that_cannot_be() {
 fn impossible_records(storage: &Arc<SimStorage>) -> Vec<(&'static str, Vec<Record>)> {
     let pool = open_read_only(storage).expect("opens");
     let id = |name: &str| pool.find(name).expect("there").row.id;
-    let (a, z) = (id("a"), id("z"));
+    let (a, b, z) = (id("a"), id("b"), id("z"));
+    let snapshot = id("a@s");
     let map = |disk: DiskId, lcn: u32, entry: Entry| Record::Map {
         disk,
         lcn: Lcn(lcn),
@@ -440,11 +441,14 @@ fn impossible_records(storage: &Arc<SimStorage>) -> Vec<(&'static str, Vec<Recor
         change(&mut row);
         vec![Record::Row(Box::new(row))]
     };
-    let fork = |from: DiskId, to: DiskId| Record::Fork {
+    let fork_in = |generation: u32, from: DiskId, to: DiskId| Record::Fork {
         from,
         to,
-        generation: Generation(2),
+        generation: Generation(generation),
     };
+    let fork = |from: DiskId, to: DiskId| fork_in(2, from, to);
+    // Born after all forks, as if nobody else had the cluster.
+    let alone = Entry { birth: 3, ..own };
     let unmap = |disk: DiskId, first: u32, count: u32| Record::Unmap {
         disk,
         first: Lcn(first),
@@ -492,6 +496,41 @@ fn impossible_records(storage: &Arc<SimStorage>) -> Vec<(&'static str, Vec<Recor
                     ..own
                 },
             )],
+        ),
+        (
+            "alone with what a relative has",
+            vec![map(a, 40, alone), map(b, 40, own)],
+        ),
+        (
+            "a relative alone with it",
+            vec![map(a, 40, own), map(b, 40, alone)],
+        ),
+        (
+            "alone with what is under a relative's",
+            vec![
+                map(a, 40, alone),
+                map(
+                    b,
+                    40,
+                    Entry {
+                        own: 1001,
+                        under: 1000,
+                        ..own
+                    },
+                ),
+            ],
+        ),
+        (
+            "alone with a shared leaf",
+            vec![map(a, 40, alone), fork_in(1, a, b)],
+        ),
+        (
+            "one of three alone with a shared leaf",
+            vec![
+                map(a, 40, alone),
+                fork_in(10, a, b),
+                fork_in(1, b, snapshot),
+            ],
         ),
         ("beyond the disk's end", vec![map(a, 64, own)]),
         ("far beyond", vec![map(a, u32::MAX, own)]),

@@ -73,10 +73,8 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
     }
     let mut space = Space::new();
     for fault in derive(&loaded, &mut space) {
-        report.fault(
-            fault.to_string(),
-            Some("zeros take the place of that cluster of the disk"),
-        );
+        let remedy = "zeros take the place of that cluster of the disk";
+        report.fault(fault.to_string(), fault.is_mendable.then_some(remedy));
     }
     check_catalogue(&loaded, &mut report);
     let usage = space.usage();
@@ -168,7 +166,6 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
     }
     let (superblock, _) = read_superblock(&**storage)?;
     let loaded = load(&**storage, superblock)?;
-    loaded.journal.erase_rest(&**storage)?;
     let lost = derive(&loaded, &mut Space::new());
     replace_entries(&loaded, &lost);
     let mut space = Space::new();
@@ -177,6 +174,7 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
             "{fault}; this cannot be repaired"
         )));
     }
+    loaded.journal.erase_rest(&**storage)?;
     let options = OpenOptions {
         owner: "tidepool pool check --repair".to_owned(),
         ..OpenOptions::default()

@@ -25,13 +25,17 @@ pub struct EntryFault {
     pub lcn: u32,
     /// What is wrong.
     pub what: String,
+    /// It is about this entry alone, and another could take its place.
+    pub is_mendable: bool,
 }
 
 /// Owner of the clusters of the checkpoint image. No cluster of a disk has the last number.
 const IMAGE: u64 = u64::MAX;
+/// I4 is broken.
+const SHARED: &str = "it would be written in place although it may be shared";
 
-/// Counts the references, checks every entry and I1, and declares the rest free. Empty if all is
-/// well.
+/// Counts the references, checks every entry, I1 and I4, and declares the rest free. Empty if all
+/// is well.
 pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
     let size = loaded.superblock.cluster_size;
     let count = loaded.superblock.cluster_count;
@@ -42,6 +46,7 @@ pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
         clusters: first..count,
         generation: loaded.replay.generation,
         used: zeroed_table(index(count)),
+        alone: vec![0; index(count).div_ceil(64)],
         counts: &mut space.counts,
         faults: Vec::new(),
     };
@@ -57,13 +62,17 @@ pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
             end: size.count(map.size).unwrap_or(u32::MAX),
             last_fork: map.last_fork.0,
         };
-        seen.set_family(disk.family);
+        seen.set_disk(disk.family, disk.last_fork);
         let clashes = seen.clashes().len();
         seen.walk(&map.tree, &mut |number, is_shared, leaf| {
             references.add_leaf(&disk, number, is_shared, leaf);
         });
-        for number in &seen.clashes()[clashes..] {
-            references.fault(&disk, *number, "a map node belongs to another place too");
+        for clash in &seen.clashes()[clashes..] {
+            let what = match clash.is_elsewhere {
+                true => "a map node belongs to another place too",
+                false => SHARED,
+            };
+            references.fault(&disk, clash.lcn, what, false);
         }
     }
     let (used, faults) = references.finish();
@@ -81,6 +90,11 @@ struct Owner<'a> {
 }
 
 impl Owner<'_> {
+    /// Whether the disk takes the entry's own cluster for its alone, as `Map::is_own`.
+    fn is_alone(&self, entry: &Entry) -> bool {
+        entry.own != 0 && entry.birth > self.last_fork
+    }
+
     /// What is wrong with an entry that is possible in itself.
     fn fault(
         &self,
@@ -89,12 +103,11 @@ impl Owner<'_> {
         is_shared: bool,
         generation: u32,
     ) -> Option<&'static str> {
-        let is_mine = entry.own != 0 && entry.birth > self.last_fork;
         if entry.clusters() != [0, 0] && lcn >= self.end {
             Some("beyond the end of the disk")
-        } else if entry.birth > generation || (is_shared && is_mine) {
+        } else if entry.birth > generation || (is_shared && self.is_alone(entry)) {
             // Births are of generations that have begun.
-            Some("it would be written in place although it may be shared")
+            Some(SHARED)
         } else {
             None
         }
@@ -109,16 +122,21 @@ struct References<'a> {
     generation: u32,
     /// By cluster: 0, or its owner.
     used: Vec<u64>,
+    /// By cluster, a bit each: a disk takes it for its alone (I4).
+    alone: Vec<u64>,
     /// References after the first to each cluster; [`References::finish`] adds the first ones.
     counts: &'a mut Counts,
     faults: Vec<EntryFault>,
 }
 
 impl References<'_> {
-    fn fault(&mut self, disk: &Owner<'_>, lcn: u32, what: impl Into<String>) {
-        let disk = disk.name.to_owned();
-        let what = what.into();
-        self.faults.push(EntryFault { disk, lcn, what });
+    fn fault(&mut self, disk: &Owner<'_>, lcn: u32, what: impl Into<String>, is_mendable: bool) {
+        self.faults.push(EntryFault {
+            disk: disk.name.to_owned(),
+            lcn,
+            what: what.into(),
+            is_mendable,
+        });
     }
 
     fn add_image(&mut self, cluster: u32) {
@@ -128,6 +146,7 @@ impl References<'_> {
                 disk: "checkpoint image".to_owned(),
                 lcn: cluster,
                 what: "this cluster of the pool cannot belong to it".to_owned(),
+                is_mendable: false,
             }),
         }
     }
@@ -150,13 +169,12 @@ impl References<'_> {
         for (place, entry) in (0_u32..).zip(&leaf.entries) {
             let lcn = first + place;
             if bad >> place & 1 == 1 {
-                self.fault(disk, lcn, entry.fault(start, end).unwrap_or_default());
-            } else if let Err(cluster) = self.add_entry(entry, family | u64::from(lcn)) {
-                let what = format!("cluster {cluster} of the pool is used elsewhere too");
-                self.fault(disk, lcn, what);
+                self.fault(disk, lcn, entry.fault(start, end).unwrap_or_default(), true);
+            } else if let Err(what) = self.add_entry(entry, family | u64::from(lcn), disk) {
+                self.fault(disk, lcn, what, true);
             } else if odd >> place & 1 == 1 {
                 let what = disk.fault(lcn, entry, is_shared, generation);
-                self.fault(disk, lcn, what.unwrap_or_default());
+                self.fault(disk, lcn, what.unwrap_or_default(), true);
             }
         }
     }
@@ -169,19 +187,28 @@ impl References<'_> {
         std::hint::black_box(all);
     }
 
-    /// I1: one (family, lcn) for each cluster. `Err` is one with another owner.
-    fn add_entry(&mut self, entry: &Entry, owner: u64) -> Result<(), u32> {
+    /// I1: one (family, lcn) for each cluster, and I4: one reference to a cluster that a disk takes
+    /// for its alone. `Err` says what is wrong.
+    fn add_entry(&mut self, entry: &Entry, owner: u64, disk: &Owner<'_>) -> Result<(), String> {
         for cluster in entry.clusters() {
             if cluster == 0 {
                 continue;
             }
+            let is_alone = cluster == entry.own && disk.is_alone(entry);
+            let (word, bit) = (index(cluster / 64), 1_u64 << (cluster % 64));
             let known = &mut self.used[index(cluster)];
             if *known == 0 {
                 *known = owner;
+                // Most clusters are: a bit is near at hand where a count would be waited for.
+                self.alone[word] |= if is_alone { bit } else { 0 };
             } else if *known == owner {
                 self.counts.retain_alone(cluster);
+                if is_alone || self.alone[word] & bit != 0 {
+                    return Err(SHARED.to_owned());
+                }
             } else {
-                return Err(cluster);
+                let what = format!("cluster {cluster} of the pool is used elsewhere too");
+                return Err(what);
             }
         }
         Ok(())
