@@ -34,6 +34,18 @@ impl Counts {
         }
     }
 
+    /// Counts nothing: for copies of leaves before there is anything to count.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            chunks: Box::default(),
+        }
+    }
+
+    fn is_none(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
     fn at(&self, cluster: u32) -> &AtomicU32 {
         let at = index(cluster);
         let chunk = self.chunks[at / CHUNK].get_or_init(new_chunk);
@@ -78,6 +90,9 @@ impl Counts {
 
     /// A leaf was copied: its clusters have one more reference each.
     pub fn retain_leaf(&self, leaf: &Leaf) {
+        if self.is_none() {
+            return;
+        }
         for cluster in leaf.entries.iter().flat_map(Entry::clusters) {
             if cluster != 0 {
                 self.retain(cluster);
@@ -87,6 +102,9 @@ impl Counts {
 
     /// A copied leaf turned out to have had no other holder.
     pub fn release_copied_leaf(&self, leaf: &Leaf) {
+        if self.is_none() {
+            return;
+        }
         for cluster in leaf.entries.iter().flat_map(Entry::clusters) {
             if cluster != 0 {
                 let left = self.release(cluster);

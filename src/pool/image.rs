@@ -6,10 +6,11 @@ use super::map::{Dropped, Inner, Leaf, Low, Mid, Root, Tree};
 use super::space::{Purpose, Space};
 use crate::format::FormatError;
 use crate::format::catalogue::Row;
-use crate::format::image::{FANOUT, LEVELS, Token, encode_leaf, encode_token};
+use crate::format::image::{FANOUT, LEAF_ENTRIES, LEVELS, Token, encode_leaf, encode_token};
 use crate::format::image_block::{
     BLOCK_HEADER_LEN, Extent, ImageStamp, extents_per_head, seal_block, seal_head,
 };
+use crate::format::journal::Entry;
 use crate::format::superblock::ImageRef;
 use crate::format::units::{Cluster, ClusterSize, DiskId, Generation, bytes_of};
 use crate::storage::{AlignedBuf, Storage};
@@ -283,7 +284,7 @@ fn address<T>(node: &Arc<T>) -> usize {
 }
 
 /// A node of an image being loaded.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Node {
     Leaf(Arc<Leaf>),
     Low(Arc<Low>),
@@ -295,6 +296,9 @@ enum Node {
 #[derive(Debug, Default)]
 pub struct Loader {
     nodes: Vec<Node>,
+    /// By level: the node that says nothing. One for all, or an image of them would take a thousand
+    /// times its size in memory.
+    empty: [Option<Node>; 4],
     start: Option<(Generation, DiskId)>,
     disks: Vec<FrozenDisk>,
     is_complete: bool,
@@ -315,15 +319,19 @@ impl Loader {
                 next_disk,
             } => self.start = Some((generation, next_disk)),
             Token::Leaf(entries) => {
-                let leaf = Leaf {
-                    entries: *entries,
-                    dirty: 0,
-                };
-                self.nodes.push(Node::Leaf(Arc::new(leaf)));
+                let is_empty = *entries == [Entry::default(); LEAF_ENTRIES];
+                self.push(0, is_empty, |_| {
+                    let leaf = Leaf {
+                        entries: *entries,
+                        dirty: 0,
+                    };
+                    Ok(Node::Leaf(Arc::new(leaf)))
+                })?;
             }
             Token::Inner { level, children } => {
-                let node = self.inner(level, &children)?;
-                self.nodes.push(node);
+                self.push(level, children.is_empty(), |this| {
+                    this.inner(level, &children)
+                })?;
             }
             Token::Disk {
                 row,
@@ -347,6 +355,26 @@ impl Loader {
                 self.is_complete = true;
             }
         }
+        Ok(())
+    }
+
+    /// Adds a node of `level` (0: a leaf).
+    fn push(
+        &mut self,
+        level: u8,
+        is_empty: bool,
+        make: impl FnOnce(&Self) -> Result<Node, PoolError>,
+    ) -> Result<(), PoolError> {
+        let place = usize::from(level);
+        let known = self.empty.get(place).and_then(Option::as_ref);
+        let node = match known.filter(|_| is_empty) {
+            Some(node) => node.clone(),
+            None => make(self)?,
+        };
+        if let Some(empty) = self.empty.get_mut(place).filter(|_| is_empty) {
+            *empty = Some(node.clone());
+        }
+        self.nodes.push(node);
         Ok(())
     }
 

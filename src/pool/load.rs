@@ -30,7 +30,8 @@ pub struct Replay {
     pub generation: u32,
     /// The next disk id so far.
     pub next_disk: u32,
-    /// Takes the counts of copied nodes; the real ones are derived afterwards.
+    /// Takes no counts of copied nodes: the real ones are derived afterwards, and what replay finds
+    /// may be of clusters that are not there.
     pub counts: Counts,
     /// Shared by all whole leaves of zeros.
     pub zero_leaf: Arc<Leaf>,
@@ -116,7 +117,7 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
     let mut replay = Replay {
         generation: frozen.generation.0,
         next_disk: frozen.next_disk.0,
-        counts: Counts::new(),
+        counts: Counts::none(),
         zero_leaf: Arc::new(zero_leaf()),
     };
     let mut catalogue = Catalogue::default();
@@ -220,7 +221,14 @@ fn load_image(
         extents.extend(found);
         head = next;
     }
-    let blocks = image.len / size.bytes();
+    // So few extents can name so many clusters, each many times, that this comes first.
+    let named: u64 = extents.iter().map(|extent| u64::from(extent.count)).sum();
+    if named > u64::from(superblock.cluster_count) || named * size.bytes() != image.len {
+        return Err(PoolError::damaged(format!(
+            "checkpoint image: its extents have {named} clusters, and it has {} bytes",
+            image.len
+        )));
+    }
     let per_read = u32::try_from(READ_LEN / size.bytes()).unwrap_or(1).max(1);
     let mut part = AlignedBuf::new(size.len() * index(per_read));
     let mut loader = Loader::default();
@@ -229,9 +237,8 @@ fn load_image(
         let end = extent.start + extent.count;
         clusters.push(extent.start..end);
         let mut at = extent.start;
-        while at < end && u64::from(number) < blocks {
-            let left = u32::try_from(blocks - u64::from(number)).unwrap_or(u32::MAX);
-            let count = per_read.min(end - at).min(left);
+        while at < end {
+            let count = per_read.min(end - at);
             let part = &mut part[..size.len() * index(count)];
             read(at, part)?;
             for block in part.chunks(size.len()) {
