@@ -8,6 +8,7 @@ mod common;
 use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, fresh, opened, read};
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk};
+use tidepool::pool::dump;
 use tidepool::storage::sim::Op;
 use tidepool::storage::{SimStorage, Storage};
 
@@ -345,4 +346,47 @@ fn the_half_that_replay_begins_in_is_not_written_over() {
         let d = Disk::open(&after, "d").expect("it is there");
         assert_eq!(read(&d, u64::from(round) * CLUSTER, SUB), bytes(round, SUB));
     }
+}
+
+/// The last leaf of the largest map has a place for one cluster more than there are numbers for.
+#[test]
+fn the_last_cluster_of_the_largest_disk_is_like_any_other() {
+    let (storage, pool) = fresh();
+    let size = pool.cluster_size().disk_bytes_max();
+    let d = disk(&pool, "d", size);
+    let last = size - CLUSTER;
+    d.write_at(&bytes(7, CLUSTER), last).expect("writes");
+    cowdisk::fork(&pool, "d", &["f".to_owned()]).expect("forks");
+    let f = Disk::open(&pool, "f").expect("there");
+    f.write_at(&bytes(8, SUB), last).expect("writes");
+    let differ = cowdisk::diff(&d, &f, cowdisk::Comparison::Contents).expect("compares");
+    assert_eq!(differ, [last..last + SUB]);
+    assert!(read(&d, last, CLUSTER) == bytes(7, CLUSTER));
+    let extents = d.extents().expect("there");
+    assert_eq!(extents.last().map(|extent| extent.offset), Some(last));
+    d.flush().expect("flushes");
+    drop((d, f));
+    // Replayed, then from an image.
+    for is_image in [false, true] {
+        let pool = opened(&storage);
+        let d = Disk::open(&pool, "d").expect("there");
+        assert!(read(&d, last, CLUSTER) == bytes(7, CLUSTER));
+        let mut lines = 0;
+        dump::dump(&*storage, &mut |line| {
+            lines += u32::from(line["lcn"] == u32::MAX - 1);
+        })
+        .expect("dumps");
+        assert_eq!(lines, 2, "of both disks");
+        assert_eq!(pool.superblock().image.is_some(), is_image);
+        while pool.superblock().image.is_none() {
+            for n in 0..4000 {
+                d.discard(n * 64 * CLUSTER, 64 * CLUSTER).expect("discards");
+            }
+            d.flush().expect("flushes");
+        }
+    }
+    let d = Disk::open(&pool, "d").expect("there");
+    d.discard(last - 65 * CLUSTER, 66 * CLUSTER)
+        .expect("discards");
+    assert!(read(&d, last, CLUSTER) == bytes(0, CLUSTER));
 }

@@ -185,8 +185,8 @@ impl Compare for Leaf {
         let entry = |leaf: Option<&Self>, place: usize| {
             leaf.map_or(Entry::default(), |leaf| leaf.entries[place])
         };
-        for (place, lcn) in (leaf * 64..).take(64).enumerate() {
-            walk.compare_entries(entry(one, place), entry(other, place), lcn);
+        for (number, place) in (0..64).zip(0..) {
+            walk.compare_entries(entry(one, place), entry(other, place), leaf * 64 + number);
         }
     }
 }

@@ -80,7 +80,8 @@ fn dump_map(disk: &str, tree: &Tree, line: &mut dyn FnMut(&Value)) {
         }
     };
     walk_all(tree, &mut |leaf, _, node| {
-        for (lcn, entry) in (leaf * 64..).zip(&node.entries) {
+        for (place, entry) in (0..).zip(&node.entries) {
+            let lcn = leaf * 64 + place;
             if *entry == Entry::default() {
                 continue;
             }
