@@ -20,10 +20,12 @@
 //! | R4 | a cluster is free while it is punched | r4 |
 //! | R6 | dropped references do not wait for epochs | r6 |
 //! | R7 | a fork does not drain its source | r7 |
+//! | R7 | a fork leaves out what its source has not committed | r7_full_batch |
 //! | R8 | a commit without records flushes nothing | r8 |
 //! | R9 | the checksum of the batch before is not compared | r9 |
 //! | R9 | the opening is not compared | r9 |
 //! | R9 | a batch after a gap is taken for an old one | r9_gap |
+//! | R9 | whoever leads leaves the journal to others meanwhile | r9_one |
 //! | R10 | a failed flush does not freeze the pool | r10 |
 //! | R10 | a failed journal write does not freeze the pool | r10 |
 //!
@@ -35,6 +37,7 @@ use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, enter, fre
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Waker;
 use tidepool::cowdisk::{self, Disk, Source, Step, WritePlan};
 use tidepool::format::journal::{BatchWriter, Entry, Record, Stamp, decode_header};
@@ -429,6 +432,28 @@ fn r7_a_fork_waits_for_writes_in_flight() {
     assert_eq!(at_fork, new);
 }
 
+/// The batch of the fork has no room for what its source changed, and takes that along anyway.
+#[test]
+fn r7_full_batch_what_was_not_committed_is_in_a_fork() {
+    let (storage, pool) = fresh();
+    let busy = disk(&pool, "busy", 1024 * 64 * CLUSTER);
+    let d = disk(&pool, "d", CLUSTER);
+    for n in 0..9000 {
+        // A record each, more than go into a batch, ahead of the other disk's.
+        let at = n % 1024 * 64 * CLUSTER;
+        busy.discard(at, 64 * CLUSTER).expect("discards");
+    }
+    assert!(!pool.wants_commit(), "nobody commits but the fork");
+    d.write_at(&bytes(7, CLUSTER), 0).expect("writes");
+    cowdisk::fork(&pool, "d", &["f".to_owned()]).expect("forks");
+    let later = opened(&Arc::new(storage.crash_all_lost()));
+    for pool in [&pool, &later] {
+        let f = Disk::open(pool, "f").expect("there");
+        assert_eq!(read(&f, 0, SUB), bytes(7, SUB));
+        assert!(read(&f, 0, CLUSTER) == bytes(7, CLUSTER));
+    }
+}
+
 #[test]
 fn r8_every_flush_of_overwritten_data_reaches_the_device() {
     let (storage, pool) = fresh();
@@ -536,6 +561,118 @@ fn r10_a_failed_flush_or_journal_write_is_never_tried_again() {
     }
 }
 
+/// What both stores below leave to the one inside.
+macro_rules! pass_on {
+    () => {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+            self.inner.read_at(buf, offset)
+        }
+        fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+            self.inner.write_at(buf, offset)
+        }
+        fn flush(&self) -> io::Result<()> {
+            self.inner.flush()
+        }
+        fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.inner.allocate(offset, len)
+        }
+        fn len(&self) -> io::Result<u64> {
+            self.inner.len()
+        }
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.inner.set_len(len)
+        }
+        fn allocated(&self) -> io::Result<u64> {
+            self.inner.allocated()
+        }
+        fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+            self.inner.next_data(offset)
+        }
+        fn tier(&self) -> Tier {
+            self.inner.tier()
+        }
+        fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+    };
+}
+
+/// A store that notices two durable writes at once, and makes them likely.
+#[derive(Debug)]
+struct Single {
+    inner: Arc<SimStorage>,
+    is_writing: AtomicBool,
+}
+
+impl Storage for Single {
+    fn write_durable_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let is_second = self.is_writing.swap(true, Ordering::SeqCst);
+        assert!(!is_second, "one write is outstanding");
+        for _ in 0..20 {
+            std::thread::yield_now();
+        }
+        let written = self.inner.write_durable_at(buf, offset);
+        self.is_writing.store(false, Ordering::SeqCst);
+        written
+    }
+    pass_on!();
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.punch(offset, len)
+    }
+}
+
+#[test]
+fn r9_one_batch_is_outstanding_however_many_ask_for_one() {
+    const CLIENTS: u64 = 8;
+    const ROUNDS: u64 = 60;
+    let storage = Arc::new(Single {
+        inner: empty(POOL_LEN),
+        is_writing: AtomicBool::new(false),
+    });
+    let store = Arc::clone(&storage) as Arc<dyn Storage>;
+    let pool = Pool::open(store, &OpenOptions::default()).expect("opens");
+    let background = pool.start_background().expect("a thread");
+    let mut threads = Vec::new();
+    for n in 0..CLIENTS {
+        let pool = Arc::clone(&pool);
+        let client = move || {
+            let name = format!("d{n}");
+            let d = disk(&pool, &name, 8 * CLUSTER);
+            for round in 0..ROUNDS {
+                let value = u8::try_from(round).expect("small");
+                let at = round % 8 * CLUSTER;
+                d.write_at(&bytes(value, SUB), at).expect("writes");
+                if round % 10 == n {
+                    let snapshot = format!("s{round}");
+                    cowdisk::snapshot(&pool, &name, &snapshot).expect("snapshots");
+                } else {
+                    d.flush().expect("flushes");
+                }
+            }
+        };
+        threads.push(spawn_named("client", client).expect("a thread"));
+    }
+    for thread in threads {
+        thread.join().expect("no panic");
+    }
+    drop(background);
+    let all = batches(&storage.inner);
+    assert!(all.len() > 10, "{} batches", all.len());
+    for pair in all.windows(2) {
+        let ((at, len, stamp, crc), (next_at, _, next, _)) = (pair[0], pair[1]);
+        assert_eq!((next_at, next.seq), (at + len, stamp.seq + 1));
+        assert_eq!(next.prev_crc, crc, "batch {}", next.seq);
+    }
+    let later = opened(&Arc::new(storage.inner.crash_all_lost()));
+    for n in 0..CLIENTS {
+        let d = Disk::open(&later, &format!("d{n}")).expect("there");
+        for round in ROUNDS - 8..ROUNDS {
+            let value = u8::try_from(round).expect("small");
+            assert_eq!(read(&d, round % 8 * CLUSTER, SUB), bytes(value, SUB));
+        }
+    }
+}
+
 /// A store that, while it punches, takes every free cluster there is.
 #[derive(Debug)]
 struct Greedy {
@@ -566,42 +703,13 @@ impl Greedy {
 }
 
 impl Storage for Greedy {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.inner.write_at(buf, offset)
-    }
     fn write_durable_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.inner.write_durable_at(buf, offset)
     }
-    fn flush(&self) -> io::Result<()> {
-        self.inner.flush()
-    }
+    pass_on!();
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.take_all_but(offset, len);
         self.inner.punch(offset, len)
-    }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.inner.allocate(offset, len)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-    fn allocated(&self) -> io::Result<u64> {
-        self.inner.allocated()
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        self.inner.next_data(offset)
-    }
-    fn tier(&self) -> Tier {
-        self.inner.tier()
-    }
-    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
     }
 }
 
