@@ -5,10 +5,12 @@
 
 mod common;
 
-use common::{CLUSTER, SUB, begin_write, bytes, disk, fresh, move_bytes, opened, read};
+use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, fresh, move_bytes, opened, read};
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk};
 use tidepool::pool::Pool;
+
+use tidepool::sync::spawn_named;
 
 /// The write's blocks are not the discard's, so neither has anything to do with the other; the
 /// discard found nothing allocated in the cluster and took it away, with the write in flight.
@@ -73,4 +75,34 @@ fn a_flush_covers_what_the_process_before_wrote() {
     let pool = opened(&Arc::new(storage.crash_all_lost()));
     let d = Disk::open(&pool, "d").expect("there");
     assert!(read(&d, 0, CLUSTER) == bytes(2, CLUSTER), "it was flushed");
+}
+
+/// Each went by the size it had found before the others changed it: clusters became free twice, or
+/// were lost.
+#[test]
+fn resizes_at_once_come_one_after_the_other() {
+    let (_storage, pool) = fresh();
+    let count = |pool: &Pool| {
+        let usage = pool.space.usage();
+        pool.superblock().cluster_count - usage.clean - usage.written
+    };
+    let metadata = count(&pool);
+    let mut threads = Vec::new();
+    for n in 0..4 {
+        let pool = Arc::clone(&pool);
+        let resizer = move || {
+            for round in 0..50 {
+                let len = POOL_LEN + (round * 7 + n * 5) % 16 * 4 * CLUSTER;
+                pool.resize(len).expect("nothing is in the way");
+            }
+        };
+        threads.push(spawn_named("resizer", resizer).expect("a thread"));
+    }
+    for thread in threads {
+        thread.join().expect("no panic");
+    }
+    assert_eq!(count(&pool), metadata);
+    let len = pool.storage().len().expect("known");
+    assert_eq!(len, pool.superblock().pool_len());
+    pool.close().expect("closes");
 }

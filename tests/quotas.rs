@@ -234,3 +234,23 @@ fn changing_settings_of_a_disk_in_use_keeps_its_reserve_as_it_was_asked_for() {
     while pool.reap(usize::MAX) {}
     assert_eq!(pool.space.reservable(), free);
 }
+
+#[test]
+fn a_pool_does_not_shrink_into_what_is_reserved() {
+    let (_storage, pool) = fresh();
+    pool.resize(2 * POOL_LEN).expect("grows");
+    let now = pool.superblock().pool_len();
+    let spare = 100;
+    let new = NewDisk {
+        reserve: Some((u64::from(pool.space.reservable()) - spare) * CLUSTER),
+        ..NewDisk::empty("d", LEN)
+    };
+    drop(create(&pool, &new));
+    let e = pool.resize(now - (spare + 1) * CLUSTER);
+    let e = e.expect_err("one too many").to_string();
+    assert!(e.contains("disks with a reserve"), "{e}");
+    assert_eq!(pool.superblock().pool_len(), now, "nothing was changed");
+    assert_eq!(u64::from(pool.space.reservable()), spare);
+    pool.resize(now - spare / 2 * CLUSTER)
+        .expect("what is nobody's");
+}

@@ -8,10 +8,10 @@ use crate::format::catalogue::{BaseFormat, Row, RowKind, check_name};
 use crate::format::journal::{Record, SLOT_LEN, slots_of};
 use crate::format::units::{Generation, Lcn, SECTOR, bytes_of};
 use crate::pool::catalogue::Item;
-use crate::pool::commit::Transaction;
 use crate::pool::map::Tree;
+use crate::pool::transaction::Transaction;
 use crate::pool::volume::Volume;
-use crate::pool::{Pool, PoolError};
+use crate::pool::{Pool, PoolError, PoolErrorKind};
 use crate::storage::unix_seconds;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
@@ -145,12 +145,12 @@ pub fn remove(pool: &Arc<Pool>, name: &str, is_cascading: bool) -> Result<(), Di
     items.extend(pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect::<Vec<_>>()));
     let drained: Vec<_> = items.iter().map(|item| Arc::clone(&item.volume)).collect();
     let len = bytes_of(items.len() * SLOT_LEN);
-    pool.transact_large(&drained, len, |transaction| {
+    let change = |transaction: &mut Transaction<'_>| {
         let snapshots: Vec<Item> =
             pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect());
         let first = pool.find(name)?;
-        let is_same = first.row.id == items[0].row.id && snapshots.len() + 1 == items.len();
-        if !is_same {
+        let is_drained = |now: &Item| items.iter().any(|item| item.row.id == now.row.id);
+        if !(is_drained(&first) && snapshots.iter().all(is_drained)) {
             return Err(PoolError::InUse {
                 name: name.to_owned(),
             });
@@ -168,8 +168,14 @@ pub fn remove(pool: &Arc<Pool>, name: &str, is_cascading: bool) -> Result<(), Di
             .iter()
             .chain([&first])
             .try_for_each(|item| delete(transaction, item))
-    })?;
-    Ok(())
+    };
+    match pool.transact_large(&drained, len, change) {
+        // A full pool can always be emptied.
+        Err(e) if e.kind() == PoolErrorKind::NoSpace => {
+            Ok(pool.transact_in_rest(&drained, len, change)?)
+        }
+        result => Ok(result?),
+    }
 }
 
 fn delete(transaction: &mut Transaction<'_>, item: &Item) -> Result<(), PoolError> {

@@ -11,11 +11,10 @@ use super::error::PoolError;
 use super::gate::ClosedGates;
 use super::image::{Frozen, FrozenDisk};
 use super::journal::{BATCH_LEN_MAX, Journal, records_per_batch};
-use super::map::Dropped;
+use super::transaction::Transaction;
 use super::volume::{Map, Volume};
-use crate::format::catalogue::Row;
-use crate::format::journal::{BatchWriter, Record};
-use crate::format::units::{DiskId, Generation};
+use crate::format::journal::HEADER_LEN;
+use crate::format::units::{BLOCK, DiskId, Generation, bytes_of};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, RwLockWriteGuard};
 
@@ -52,6 +51,15 @@ enum FrozenState {
     None,
     Waiting(Box<Frozen>),
     BeingWritten,
+}
+
+/// What becomes of what disks have changed.
+#[derive(Debug, Clone, Copy)]
+enum Others {
+    /// It is in the same batch.
+    TakenAlong,
+    /// It waits for the next one, if there is any.
+    LeftOut,
 }
 
 impl Commits {
@@ -92,81 +100,6 @@ impl Drop for Leader<'_> {
     }
 }
 
-/// A batch being filled by a structural change, which runs alone.
-#[derive(Debug)]
-pub struct Transaction<'a> {
-    /// The pool.
-    pub pool: &'a Pool,
-    batch: BatchWriter,
-    drops: Vec<Dropped>,
-}
-
-impl Transaction<'_> {
-    /// Adds a record.
-    ///
-    /// # Errors
-    /// A catalogue row that is too long.
-    pub fn record(&mut self, record: &Record) -> Result<(), PoolError> {
-        Ok(self.batch.push(record)?)
-    }
-
-    /// `Err` if `row` cannot be recorded: asked before anything is changed.
-    ///
-    /// # Errors
-    /// A catalogue row that is too long.
-    pub fn check_row(&self, row: &Row) -> Result<(), PoolError> {
-        row.to_json()?;
-        Ok(())
-    }
-
-    /// Adds what changed in a drained disk, so that the map in memory and the one the journal
-    /// gives are the same from here on.
-    ///
-    /// # Errors
-    /// Never for maps; as [`Transaction::record`].
-    pub fn collect(&mut self, map: &mut Map) -> Result<(), PoolError> {
-        let mut records = Vec::new();
-        map.collect(usize::MAX, &mut records, &mut self.drops, &self.pool.space);
-        records.iter().try_for_each(|record| self.record(record))
-    }
-
-    /// Drops the changes of a disk that is going away: only its references matter now.
-    pub fn discard_changes(&mut self, map: &mut Map) {
-        map.collect(
-            usize::MAX,
-            &mut Vec::new(),
-            &mut self.drops,
-            &self.pool.space,
-        );
-    }
-
-    /// Takes a generation: what exists now may be shared afterwards, what is born later is not.
-    ///
-    /// # Errors
-    /// All 2^32 are used up.
-    pub fn end_generation(&mut self) -> Result<Generation, PoolError> {
-        let ended = self.pool.generation.load(Ordering::Relaxed);
-        let next = ended.checked_add(1).ok_or_else(|| {
-            PoolError::invalid("this pool has seen 2^32 forks; copy its disks to a new one")
-        })?;
-        self.pool.generation.store(next, Ordering::Relaxed);
-        Ok(Generation(ended))
-    }
-
-    /// A disk id never used before.
-    ///
-    /// # Errors
-    /// All 2^32 are used up.
-    pub fn new_id(&mut self) -> Result<DiskId, PoolError> {
-        let id = self.pool.next_disk.load(Ordering::Relaxed);
-        let next = id.checked_add(1).ok_or_else(|| {
-            PoolError::invalid("this pool has had 2^32 disks; copy them to a new one")
-        })?;
-        self.pool.next_disk.store(next, Ordering::Relaxed);
-        Ok(DiskId(id))
-    }
-}
-
 impl Pool {
     /// Makes everything that completed before this call durable.
     ///
@@ -179,11 +112,20 @@ impl Pool {
         }
         let mine = self.commits.state.lock().begun + 1;
         loop {
-            let Some(mut leader) = self.lead(mine, ROOM)? else {
+            // Nothing recorded needs no room: overwrites go on to be flushed in a full pool.
+            let room = || match self.listed.lock().is_empty() {
+                true => 0,
+                false => ROOM,
+            };
+            let Some(mut leader) = self.lead(mine, room)? else {
                 return self.check_poison();
             };
+            let others = match leader.journal().room() >= ROOM {
+                true => Others::TakenAlong,
+                false => Others::LeftOut,
+            };
             let mut is_done = false;
-            let result = self.commit_one(leader.journal(), &mut |_| {}, &mut is_done);
+            let result = self.commit_one(leader.journal(), others, &mut |_| {}, &mut is_done);
             if is_done && result.is_ok() {
                 let mut state = self.commits.state.lock();
                 state.finished = state.finished.max(state.begun);
@@ -221,7 +163,7 @@ impl Pool {
         &self,
         drained: &[Arc<Volume>],
         len: u64,
-        mut change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
+        change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
     ) -> Result<T, PoolError> {
         self.check_writable()?;
         let room = (ROOM - SMALL_CHANGE_LEN_MAX).saturating_add(len);
@@ -234,7 +176,7 @@ impl Pool {
             )));
         }
         for _ in 0..DRAIN_TRIES_MAX {
-            let mut leader = self.lead_alone(room)?;
+            let leader = self.lead_alone(room)?;
             let gates = ClosedGates::close(drained);
             let pending: usize = drained
                 .iter()
@@ -246,26 +188,68 @@ impl Pool {
                 self.flush()?;
                 continue;
             }
-            let mut gates = Some(gates);
-            let mut outcome = None;
-            let mut tail = |transaction: &mut Transaction<'_>| {
-                outcome = Some(change(transaction));
-                gates = None;
-            };
-            let result = self.commit_one(leader.journal(), &mut tail, &mut false);
-            drop(leader);
-            self.after_commit();
-            result?;
-            return outcome.unwrap_or_else(|| Err(PoolError::invalid("the change did not run")));
+            return self.run_alone(leader, gates, Others::TakenAlong, change);
         }
         Err(PoolError::InUse {
             name: "a disk under very heavy load".to_owned(),
         })
     }
 
-    /// Takes the lead, with `room` bytes for a batch; `None` once a round that began at or after `mine`
-    /// has finished.
-    fn lead(&self, mine: u64, room: u64) -> Result<Option<Leader<'_>>, PoolError> {
+    /// As [`Pool::transact_large`], for a change that gives space back and collects nothing from
+    /// `drained`, while the pool is so full that not even an image has space: what else has changed
+    /// is not taken along, so the rest of a full journal suffices. A long batch leaves enough of it
+    /// for nearly 900 removals in one, or for seven, one by one.
+    ///
+    /// # Errors
+    /// As [`Pool::transact`].
+    pub fn transact_in_rest<T>(
+        &self,
+        drained: &[Arc<Volume>],
+        len: u64,
+        change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        self.check_writable()?;
+        let room = bytes_of(HEADER_LEN).saturating_add(len);
+        let leader = self.lead_alone(room.next_multiple_of(BLOCK))?;
+        let gates = ClosedGates::close(drained);
+        self.run_alone(leader, gates, Others::LeftOut, change)
+    }
+
+    /// Runs `change` with the lead and drained disks, which are let go of when it is done.
+    fn run_alone<T>(
+        &self,
+        mut leader: Leader<'_>,
+        gates: ClosedGates<'_>,
+        others: Others,
+        mut change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        let mut gates = Some(gates);
+        let mut outcome = None;
+        let mut tail = |transaction: &mut Transaction<'_>| {
+            outcome = Some(change(transaction));
+            gates = None;
+        };
+        let result = self.commit_one(leader.journal(), others, &mut tail, &mut false);
+        drop(leader);
+        self.after_commit();
+        result?;
+        outcome.unwrap_or_else(|| Err(PoolError::invalid("the change did not run")))
+    }
+
+    /// Runs `change` with the lead and without a batch, for what the superblock alone records: it
+    /// takes no place in the journal.
+    pub(super) fn lead_for<T>(
+        &self,
+        change: impl FnOnce() -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        self.check_writable()?;
+        let _leader = self.lead_alone(0)?;
+        change()
+    }
+
+    /// Takes the lead, with as many bytes for a batch as `room` says then; `None` once a round that
+    /// began at or after `mine` has finished.
+    fn lead(&self, mine: u64, room: impl Fn() -> u64) -> Result<Option<Leader<'_>>, PoolError> {
         let mut state = self.commits.state.lock();
         loop {
             self.check_poison()?;
@@ -283,7 +267,7 @@ impl Pool {
             };
             drop(state);
             let journal = leader.journal();
-            if journal.room() >= room
+            if journal.room() >= room()
                 || self.switch_half(journal)?
                 || (self.write_image_now(journal)? && self.switch_half(journal)?)
             {
@@ -298,23 +282,23 @@ impl Pool {
     }
 
     fn lead_alone(&self, room: u64) -> Result<Leader<'_>, PoolError> {
-        let leader = self.lead(u64::MAX, room)?;
+        let leader = self.lead(u64::MAX, || room)?;
         Ok(leader.expect("no round has the largest number"))
     }
 
-    /// One batch: `tail` adds to it last. `is_done` if nothing that had changed was left out.
+    /// One batch: `tail` adds to it last. `is_done` if nothing of `others` was left for want of room.
     fn commit_one(
         &self,
         journal: &mut Journal,
+        others: Others,
         tail: &mut dyn FnMut(&mut Transaction<'_>),
         is_done: &mut bool,
     ) -> Result<(), PoolError> {
-        let mut transaction = Transaction {
-            pool: self,
-            batch: BatchWriter::default(),
-            drops: Vec::new(),
+        let mut transaction = Transaction::new(self);
+        *is_done = match others {
+            Others::TakenAlong => self.collect_listed(&mut transaction)?,
+            Others::LeftOut => true,
         };
-        *is_done = self.collect_listed(&mut transaction)?;
         tail(&mut transaction);
         let Transaction { batch, drops, .. } = transaction;
         if journal.wants_image() {

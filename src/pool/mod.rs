@@ -57,6 +57,7 @@ pub mod reclaim;
 pub mod resize;
 pub mod slab;
 pub mod space;
+pub mod transaction;
 pub mod volume;
 pub mod walk;
 

@@ -272,7 +272,7 @@ impl Pool {
         self.write_owner_note("")?;
         self.mark_written();
         self.flush()?;
-        self.transact(&[], |_| {
+        self.lead_for(|| {
             let mut superblock = self.superblock();
             superblock.is_clean = true;
             self.write_superblock(superblock)

@@ -1,0 +1,94 @@
+//! A structural change as a batch in the making: what it records, and what it takes from the pool's
+//! counters. How it is run and made durable is in `commit`.
+
+use super::Pool;
+use super::error::PoolError;
+use super::map::Dropped;
+use super::volume::Map;
+use crate::format::catalogue::Row;
+use crate::format::journal::{BatchWriter, Record};
+use crate::format::units::{DiskId, Generation};
+use crate::sync::atomic::Ordering;
+
+/// A batch being filled by a structural change, which runs alone.
+#[derive(Debug)]
+pub struct Transaction<'a> {
+    /// The pool.
+    pub pool: &'a Pool,
+    pub(super) batch: BatchWriter,
+    pub(super) drops: Vec<Dropped>,
+}
+
+impl<'a> Transaction<'a> {
+    pub(super) fn new(pool: &'a Pool) -> Self {
+        Self {
+            pool,
+            batch: BatchWriter::default(),
+            drops: Vec::new(),
+        }
+    }
+
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// A catalogue row that is too long.
+    pub fn record(&mut self, record: &Record) -> Result<(), PoolError> {
+        Ok(self.batch.push(record)?)
+    }
+
+    /// `Err` if `row` cannot be recorded: asked before anything is changed.
+    ///
+    /// # Errors
+    /// A catalogue row that is too long.
+    pub fn check_row(&self, row: &Row) -> Result<(), PoolError> {
+        row.to_json()?;
+        Ok(())
+    }
+
+    /// Adds what changed in a drained disk, so that the map in memory and the one the journal
+    /// gives are the same from here on.
+    ///
+    /// # Errors
+    /// Never for maps; as [`Transaction::record`].
+    pub fn collect(&mut self, map: &mut Map) -> Result<(), PoolError> {
+        let mut records = Vec::new();
+        map.collect(usize::MAX, &mut records, &mut self.drops, &self.pool.space);
+        records.iter().try_for_each(|record| self.record(record))
+    }
+
+    /// Drops the changes of a disk that is going away: only its references matter now.
+    pub fn discard_changes(&mut self, map: &mut Map) {
+        map.collect(
+            usize::MAX,
+            &mut Vec::new(),
+            &mut self.drops,
+            &self.pool.space,
+        );
+    }
+
+    /// Takes a generation: what exists now may be shared afterwards, what is born later is not.
+    ///
+    /// # Errors
+    /// All 2^32 are used up.
+    pub fn end_generation(&mut self) -> Result<Generation, PoolError> {
+        let ended = self.pool.generation.load(Ordering::Relaxed);
+        let next = ended.checked_add(1).ok_or_else(|| {
+            PoolError::invalid("this pool has seen 2^32 forks; copy its disks to a new one")
+        })?;
+        self.pool.generation.store(next, Ordering::Relaxed);
+        Ok(Generation(ended))
+    }
+
+    /// A disk id never used before.
+    ///
+    /// # Errors
+    /// All 2^32 are used up.
+    pub fn new_id(&mut self) -> Result<DiskId, PoolError> {
+        let id = self.pool.next_disk.load(Ordering::Relaxed);
+        let next = id.checked_add(1).ok_or_else(|| {
+            PoolError::invalid("this pool has had 2^32 disks; copy them to a new one")
+        })?;
+        self.pool.next_disk.store(next, Ordering::Relaxed);
+        Ok(DiskId(id))
+    }
+}
