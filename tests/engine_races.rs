@@ -7,8 +7,10 @@ mod common;
 
 use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, fresh, move_bytes, opened, read};
 use std::sync::Arc;
-use tidepool::cowdisk::{self, Disk};
-use tidepool::pool::Pool;
+use std::task::Waker;
+use tidepool::cowdisk::{self, Disk, DiskErrorKind};
+use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
+use tidepool::storage::{Access, FileStorage};
 
 use tidepool::sync::spawn_named;
 
@@ -105,4 +107,84 @@ fn resizes_at_once_come_one_after_the_other() {
     let len = pool.storage().len().expect("known");
     assert_eq!(len, pool.superblock().pool_len());
     pool.close().expect("closes");
+}
+
+/// Once a pool is closed its store may be somebody else's.
+#[test]
+fn handles_left_over_write_nothing_after_a_close() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    d.write_at(&bytes(1, CLUSTER), 0).expect("writes");
+    pool.close().expect("closes");
+    let before = storage.counters().changes();
+    for at in [0, CLUSTER] {
+        let refused = d.write_at(&bytes(2, CLUSTER), at).expect_err("closed");
+        assert_eq!(refused.kind(), DiskErrorKind::Poisoned);
+    }
+    d.discard(0, CLUSTER).expect_err("closed");
+    d.flush().expect_err("closed");
+    cowdisk::fork(&pool, "d", &["f".to_owned()]).expect_err("closed");
+    pool.resize(2 * POOL_LEN).expect_err("closed");
+    pool.trim().expect_err("closed");
+    pool.close().expect("it is closed already");
+    drop((d, pool));
+    assert_eq!(storage.counters().changes(), before);
+    let d = Disk::open(&opened(&storage), "d").expect("there");
+    assert!(read(&d, 0, CLUSTER) == bytes(1, CLUSTER));
+}
+
+#[test]
+fn a_close_waits_for_writes_in_flight() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    d.write_at(&bytes(1, CLUSTER), 0).expect("writes");
+    let new = bytes(2, CLUSTER);
+    let (pass, mut plan) = begin_write(&d, 0, &new);
+    let closer = {
+        let pool = Arc::clone(&pool);
+        spawn_named("closer", move || pool.close()).expect("a thread")
+    };
+    while d.enter(1, Waker::noop()).is_some() && !closer.is_finished() {
+        std::thread::yield_now();
+    }
+    assert!(!closer.is_finished(), "a write in place is in flight");
+    move_bytes(&d, &plan, &new);
+    d.complete_write(&mut plan, true);
+    drop(pass);
+    closer.join().expect("no panic").expect("closes");
+    let d = Disk::open(&opened(&storage), "d").expect("there");
+    assert!(read(&d, 0, CLUSTER) == new);
+}
+
+/// The lock of a pool's file is let go of by the last handle, not by the close.
+#[test]
+fn a_file_is_locked_while_any_handle_is_left() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("pool");
+    let store = FileStorage::create_new(&path, POOL_LEN).expect("creates");
+    open::create(&store, &CreateOptions::new(POOL_LEN)).expect("an empty pool");
+    let pool = Pool::open(Arc::new(store), &OpenOptions::default()).expect("opens");
+    let d = disk(&pool, "d", 1 << 20);
+    pool.close().expect("closes");
+    drop(pool);
+    FileStorage::open(&path, Access::ReadWrite).expect_err("a disk is left");
+    drop(d);
+    FileStorage::open(&path, Access::ReadWrite).expect("nobody has it");
+}
+
+/// With its thread gone, whoever commits does again what can wait.
+#[test]
+fn after_the_background_ends_commits_release_what_was_dropped() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    for _ in 0..3 {
+        let background = pool.start_background().expect("a thread");
+        pool.start_background().expect_err("there is one");
+        drop(background);
+        d.write_at(&bytes(1, CLUSTER), 0).expect("writes");
+        d.flush().expect("flushes");
+        d.discard(0, CLUSTER).expect("discards");
+        d.flush().expect("flushes");
+        assert!(pool.is_reaped(), "nobody else will");
+    }
 }

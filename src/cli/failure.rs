@@ -90,7 +90,7 @@ impl Failure {
                 | crate::format::FormatError::Features { .. },
             ) => "newer_version",
             PoolError::Format(_) | PoolError::Damaged { .. } => "damaged",
-            PoolError::Poisoned { .. } => "frozen",
+            PoolError::Poisoned { .. } | PoolError::Closed => "frozen",
             PoolError::ReadOnly => "read_only",
             PoolError::NoSpace => "no_space",
             PoolError::NotFound { .. } => "not_found",
@@ -114,6 +114,7 @@ impl Failure {
             | PoolError::Format(_)
             | PoolError::Damaged { .. }
             | PoolError::Poisoned { .. }
+            | PoolError::Closed
             | PoolError::ReadOnly
             | PoolError::NoSpace
             | PoolError::Exists { .. }

@@ -79,7 +79,7 @@ pub enum DiskErrorKind {
     Base,
     /// See to the storage.
     Io,
-    /// Reopen the pool.
+    /// Reopen the pool: it is poisoned, or closed.
     Poisoned,
     /// Correct the request.
     Request,
@@ -110,7 +110,9 @@ impl DiskError {
             DiskError::LimitReached { .. } => DiskErrorKind::LimitReached,
             DiskError::Base { .. } => DiskErrorKind::Base,
             DiskError::Io { .. } => DiskErrorKind::Io,
-            DiskError::Pool(PoolError::Poisoned { .. }) => DiskErrorKind::Poisoned,
+            DiskError::Pool(PoolError::Poisoned { .. } | PoolError::Closed) => {
+                DiskErrorKind::Poisoned
+            }
             DiskError::Pool(error) => match error.kind() {
                 PoolErrorKind::Request => DiskErrorKind::Request,
                 PoolErrorKind::NoSpace => DiskErrorKind::NoSpace,

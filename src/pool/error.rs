@@ -31,6 +31,9 @@ pub enum PoolError {
         /// The first failure.
         reason: String,
     },
+    /// It was closed; this handle is left over.
+    #[error("the pool was closed: open it again")]
+    Closed,
     /// Opened for reading only.
     #[error("the pool is open for reading only")]
     ReadOnly,
@@ -94,7 +97,9 @@ impl PoolError {
             PoolError::Storage { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 PoolErrorKind::NoSpace
             }
-            PoolError::Storage { .. } | PoolError::Poisoned { .. } => PoolErrorKind::Storage,
+            PoolError::Storage { .. } | PoolError::Poisoned { .. } | PoolError::Closed => {
+                PoolErrorKind::Storage
+            }
             PoolError::Format(_) | PoolError::Damaged { .. } => PoolErrorKind::Damaged,
             PoolError::NoSpace => PoolErrorKind::NoSpace,
             PoolError::ReadOnly

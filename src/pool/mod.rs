@@ -99,7 +99,7 @@ pub struct Pool {
     listed: Mutex<Vec<Arc<Volume>>>,
     /// Something was written since the last flush began.
     unflushed: AtomicBool,
-    poison: OnceLock<String>,
+    ended: OnceLock<Ended>,
     /// Shared by every whole leaf that was discarded over a base.
     zero_leaf: Arc<Leaf>,
     quarantine: Mutex<VecDeque<(u64, Vec<Dropped>)>>,
@@ -107,9 +107,18 @@ pub struct Pool {
     reaping: Mutex<Vec<Dropped>>,
     image_clusters: Mutex<Vec<Range<u32>>>,
     returning: Return,
-    background: OnceLock<()>,
+    has_background: AtomicBool,
     is_closing: Mutex<bool>,
     work: Condvar,
+}
+
+/// Why nothing is written any more.
+#[derive(Debug)]
+enum Ended {
+    /// The first failure (R10).
+    Failed(String),
+    /// In good order.
+    Closed,
 }
 
 impl Pool {
@@ -188,23 +197,24 @@ impl Pool {
         }
     }
 
-    /// `Err` once the pool is poisoned.
+    /// `Err` once the pool is poisoned or closed.
     ///
     /// # Errors
-    /// [`PoolError::Poisoned`].
+    /// [`PoolError::Poisoned`], [`PoolError::Closed`].
     pub fn check_poison(&self) -> Result<(), PoolError> {
-        match self.poison.get() {
+        match self.ended.get() {
             None => Ok(()),
-            Some(reason) => Err(PoolError::Poisoned {
+            Some(Ended::Failed(reason)) => Err(PoolError::Poisoned {
                 reason: reason.clone(),
             }),
+            Some(Ended::Closed) => Err(PoolError::Closed),
         }
     }
 
     /// `Err` unless the pool can be changed.
     ///
     /// # Errors
-    /// [`PoolError::ReadOnly`], [`PoolError::Poisoned`].
+    /// [`PoolError::ReadOnly`], or as [`Pool::check_poison`].
     pub fn check_writable(&self) -> Result<(), PoolError> {
         if self.is_read_only {
             return Err(PoolError::ReadOnly);
@@ -216,7 +226,7 @@ impl Pool {
     fn poison(&self, action: &'static str, source: std::io::Error) -> PoolError {
         let reason = format!("{action} failed ({source})");
         // Only the first failure is kept: the others follow from it.
-        self.poison.get_or_init(|| reason);
+        self.ended.get_or_init(|| Ended::Failed(reason));
         PoolError::Storage { action, source }
     }
 

@@ -1,13 +1,13 @@
 //! Creating, opening and closing a pool: superblock, image, replay, and what is derived from them.
 
-use super::Pool;
 use super::commit::Commits;
 use super::derive::derive;
 use super::error::PoolError;
-use super::gate::Epochs;
+use super::gate::{ClosedGates, Epochs};
 use super::load::{Loaded, check_len, load, read_superblock};
 use super::space::Space;
 use super::walk::walk_all;
+use super::{Ended, Pool};
 use crate::format::superblock::{
     JOURNAL_AT, JOURNAL_HALF_MAX, JOURNAL_HALF_MIN, JournalStart, OWNER_NOTE_AT, SUPERBLOCK_AT,
     SUPERBLOCK_LEN, Superblock,
@@ -215,13 +215,13 @@ impl Pool {
             commits: Commits::new(journal),
             listed: Mutex::default(),
             unflushed: AtomicBool::new(false),
-            poison: OnceLock::new(),
+            ended: OnceLock::new(),
             zero_leaf: replay.zero_leaf,
             quarantine: Mutex::new(VecDeque::new()),
             reaping: Mutex::default(),
             image_clusters: Mutex::new(image_clusters),
             returning: options.returning,
-            background: OnceLock::new(),
+            has_background: AtomicBool::new(false),
             is_closing: Mutex::new(false),
             work: Condvar::new(),
         };
@@ -254,13 +254,15 @@ impl Pool {
     }
 
     /// Makes everything durable, releases what can be released, gives freed space back to the host
-    /// unless told never to, and marks the pool clean. The pool is of no more use afterwards.
+    /// unless told never to, and marks the pool clean. Requests in flight complete first. Nothing
+    /// is written afterwards through any handle that is left over, of the pool or of a disk: the
+    /// store may have another owner. Once closed, it stays so.
     ///
     /// # Errors
-    /// As [`Pool::flush`].
+    /// As [`Pool::flush`]; the pool is not closed then.
     pub fn close(&self) -> Result<(), PoolError> {
         self.stop_background();
-        if self.is_read_only {
+        if self.is_read_only || matches!(self.ended.get(), Some(Ended::Closed)) {
             return Ok(());
         }
         self.flush()?;
@@ -273,9 +275,13 @@ impl Pool {
         self.mark_written();
         self.flush()?;
         self.lead_for(|| {
+            let volumes: Vec<_> = self.items().into_iter().map(|item| item.volume).collect();
+            let _gates = ClosedGates::close(&volumes);
             let mut superblock = self.superblock();
             superblock.is_clean = true;
-            self.write_superblock(superblock)
+            self.write_superblock(superblock)?;
+            self.ended.get_or_init(|| Ended::Closed);
+            Ok(())
         })
     }
 

@@ -4,6 +4,7 @@ use super::Pool;
 use super::error::PoolError;
 use super::open::Return;
 use crate::format::units::Cluster;
+use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, spawn_named};
 use std::ops::Range;
 use std::thread::JoinHandle;
@@ -138,15 +139,23 @@ impl Pool {
     }
 
     /// Starts the thread that writes images, releases what was dropped and gives space back. Until
-    /// then, or without it, commits do that work themselves. It ends at [`Pool::close`].
+    /// then, or without it, commits do that work themselves, as after it has ended: at
+    /// [`Pool::close`], or when what is returned is dropped.
     ///
     /// # Errors
-    /// No thread could be made.
+    /// There is one already, or no thread could be made.
     pub fn start_background(self: &Arc<Self>) -> std::io::Result<Background> {
+        if self.has_background.swap(true, Ordering::SeqCst) {
+            return Err(std::io::ErrorKind::AlreadyExists.into());
+        }
+        *self.is_closing.lock() = false;
         let pool = Arc::clone(self);
-        let thread = spawn_named("tidepool-reclaim", move || pool.run_background())?;
-        // A second call finds it set, which is as good.
-        self.background.get_or_init(|| ());
+        // Made here, so that it says so too if there is no thread.
+        let ending = Ending(Arc::clone(self));
+        let thread = spawn_named("tidepool-reclaim", move || {
+            let _ending = ending;
+            pool.run_background();
+        })?;
         Ok(Background {
             pool: Arc::clone(self),
             thread: Some(thread),
@@ -154,12 +163,17 @@ impl Pool {
     }
 
     pub(super) fn has_background(&self) -> bool {
-        self.background.get().is_some()
+        self.has_background.load(Ordering::SeqCst)
     }
 
+    /// Waits until the background thread, if there is one, does nothing more.
     pub(super) fn stop_background(&self) {
-        *self.is_closing.lock() = true;
+        let mut is_closing = self.is_closing.lock();
+        *is_closing = true;
         self.work.notify_all();
+        while self.has_background() {
+            self.work.wait(&mut is_closing);
+        }
     }
 
     fn run_background(&self) {
@@ -193,6 +207,19 @@ impl Pool {
     /// Freed space kept for quick reuse has a limit: a sixteenth of the pool.
     fn is_above_high_water(&self) -> bool {
         self.space.usage().written > self.superblock.lock().cluster_count / 16
+    }
+}
+
+/// Says that there is no background thread any more, when dropped.
+struct Ending(Arc<Pool>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // The lock keeps this from falling between a waiter's look and its sleep.
+        let is_closing = self.0.is_closing.lock();
+        self.0.has_background.store(false, Ordering::SeqCst);
+        drop(is_closing);
+        self.0.work.notify_all();
     }
 }
 
