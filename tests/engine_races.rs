@@ -7,12 +7,13 @@ mod common;
 
 use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, fresh, move_bytes, opened, read};
 use std::sync::Arc;
-use std::task::Waker;
-use tidepool::cowdisk::{self, Disk, DiskErrorKind};
+use std::task::{Wake, Waker};
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, Step, WritePlan};
+use tidepool::pool::volume::Volume;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{Access, FileStorage};
 
-use tidepool::sync::spawn_named;
+use tidepool::sync::{Mutex, spawn_named};
 
 /// The write's blocks are not the discard's, so neither has anything to do with the other; the
 /// discard found nothing allocated in the cluster and took it away, with the write in flight.
@@ -187,4 +188,44 @@ fn after_the_background_ends_commits_release_what_was_dropped() {
         d.flush().expect("flushes");
         assert!(pool.is_reaped(), "nobody else will");
     }
+}
+
+/// A waker that looks whether the map is locked by whoever wakes it.
+struct Look {
+    volume: Arc<Volume>,
+    found: Mutex<Vec<bool>>,
+}
+
+impl Wake for Look {
+    fn wake(self: Arc<Self>) {
+        let is_free = self.volume.map.try_write().is_some();
+        self.found.lock().push(is_free);
+    }
+}
+
+#[test]
+fn who_waits_is_woken_with_the_map_unlocked() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    let look = Arc::new(Look {
+        volume: pool.find("d").expect("there").volume,
+        found: Mutex::default(),
+    });
+    let waker = Waker::from(Arc::clone(&look));
+    let mut waiting = WritePlan::default();
+    let new = bytes(1, SUB);
+    // A fill, then a copy, is in the way of a write to a part of a block.
+    let (pass, mut plan) = begin_write(&d, 0, &new);
+    let step = d.plan_write(&pass, SUB, 512, &mut waiting, &waker);
+    assert!(matches!(step, Ok(Step::Busy)), "{step:?}");
+    move_bytes(&d, &plan, &new);
+    d.complete_write(&mut plan, true);
+    let step = d.plan_write(&pass, SUB, 512, &mut waiting, &waker);
+    let Ok(Step::Copy(job)) = step else {
+        panic!("{step:?}")
+    };
+    let step = d.plan_write(&pass, SUB, 512, &mut waiting, &waker);
+    assert!(matches!(step, Ok(Step::Busy)), "{step:?}");
+    d.run_copy(job).expect("copies");
+    assert_eq!(*look.found.lock(), [true, true]);
 }

@@ -121,6 +121,9 @@ impl Disk {
         }
         map.end_exclusive(job.lcn);
         pool.list_changes(self.volume(), &mut map);
+        let woken = map.take_woken();
+        drop(map);
+        woken.wake();
         moved
     }
 

@@ -168,27 +168,23 @@ impl Disk {
             }
         }
         self.pool().list_changes(self.volume(), &mut map);
-        match stopped {
-            None => Ok(Step::Ready),
-            Some(Stop::Error(e)) => {
-                undo(&mut map, plan);
-                Err(e)
-            }
-            Some(Stop::Limit(subs)) => {
-                undo(&mut map, plan);
-                drop(map);
-                Err(DiskError::LimitReached {
-                    name: self.name(),
-                    limit: subs.saturating_mul(self.pool().cluster_size().sub_bytes()),
-                })
-            }
-            Some(Stop::Step(step)) => {
-                undo(&mut map, plan);
-                if matches!(step, Step::Busy) {
-                    map.waiting.push(waker.clone());
-                }
-                let purpose = map.purpose();
-                drop(map);
+        let Some(stop) = stopped else {
+            return Ok(Step::Ready);
+        };
+        undo(&mut map, plan);
+        if matches!(stop, Stop::Step(Step::Busy)) {
+            map.waiting.push(waker.clone());
+        }
+        let (purpose, woken) = (map.purpose(), map.take_woken());
+        drop(map);
+        woken.wake();
+        match stop {
+            Stop::Error(e) => Err(e),
+            Stop::Limit(subs) => Err(DiskError::LimitReached {
+                name: self.name(),
+                limit: subs.saturating_mul(self.pool().cluster_size().sub_bytes()),
+            }),
+            Stop::Step(step) => {
                 if matches!(step, Step::Full) {
                     self.pool().take_back_slabs();
                     self.pool().space.wait_for_space(purpose, waker);
@@ -368,6 +364,9 @@ impl Disk {
             fill.end(&mut map);
         }
         pool.list_changes(self.volume(), &mut map);
+        let woken = map.take_woken();
+        drop(map);
+        woken.wake();
     }
 }
 

@@ -66,6 +66,7 @@ pub struct Map {
     pub busy: HashMap<u32, Busy>,
     /// Requests waiting for one of `busy`.
     pub waiting: Vec<Waker>,
+    woken: Vec<Waker>,
     /// The disk is gone; handles to it are stale.
     pub is_deleted: bool,
     /// Whether the pool knows that there is something to collect here.
@@ -99,6 +100,7 @@ impl Volume {
             reserve_left: 0,
             busy: HashMap::new(),
             waiting: Vec::new(),
+            woken: Vec::new(),
             is_deleted: false,
             is_listed: false,
             slab: Slab::default(),
@@ -381,25 +383,43 @@ impl Map {
         self.limit_subs = limit.map(|bytes| bytes.div_ceil(size.sub_bytes()));
     }
 
-    /// Marks `lcn` as having one fill fewer, and wakes who waits for that.
+    /// Marks `lcn` as having one fill fewer; who waits for that is to be woken.
     pub fn end_fill(&mut self, lcn: Lcn) {
         if let Some(busy) = self.busy.get_mut(&lcn.0) {
             busy.fills = busy.fills.saturating_sub(1);
             if busy.fills == 0 && !busy.is_exclusive {
                 self.busy.remove(&lcn.0);
-                self.wake();
+                self.wake_later();
             }
         }
     }
 
-    /// Marks `lcn` as no longer one request's alone, and wakes who waits for that.
+    /// Marks `lcn` as no longer one request's alone; who waits for that is to be woken.
     pub fn end_exclusive(&mut self, lcn: Lcn) {
         self.busy.remove(&lcn.0);
-        self.wake();
+        self.wake_later();
     }
 
-    fn wake(&mut self) {
-        for waker in self.waiting.drain(..) {
+    fn wake_later(&mut self) {
+        self.woken.append(&mut self.waiting);
+    }
+
+    /// Those whose wait is over. Ask whenever a fill or an exclusive use has ended.
+    pub fn take_woken(&mut self) -> Woken {
+        Woken(std::mem::take(&mut self.woken))
+    }
+}
+
+/// Requests to be planned again. To wake one is a system call, or work of whoever made the waker:
+/// not with the map locked.
+#[derive(Debug)]
+#[must_use = "they wait until they are woken"]
+pub struct Woken(Vec<Waker>);
+
+impl Woken {
+    /// Wakes them; the map is not locked any more.
+    pub fn wake(self) {
+        for waker in self.0 {
             waker.wake();
         }
     }
