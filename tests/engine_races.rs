@@ -7,8 +7,10 @@ mod common;
 
 use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, fresh, move_bytes, opened, read};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Wake, Waker};
 use tidepool::cowdisk::{self, Disk, DiskErrorKind, Step, WritePlan};
+use tidepool::format::catalogue::Row;
 use tidepool::pool::volume::Volume;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{Access, FileStorage};
@@ -228,4 +230,33 @@ fn who_waits_is_woken_with_the_map_unlocked() {
     assert!(matches!(step, Ok(Step::Busy)), "{step:?}");
     d.run_copy(job).expect("copies");
     assert_eq!(*look.found.lock(), [true, true]);
+}
+
+/// Opening counts as use only once it is counted, and what the disk is may be replaced before: a
+/// handle then had the base of what it was, and read zeros where there was data.
+#[test]
+fn a_disk_that_is_being_replaced_opens_as_what_it_becomes() {
+    let (_storage, pool) = fresh();
+    drop(disk(&pool, "d", 4 * CLUSTER));
+    let item = pool.find("d").expect("there");
+    // As a rollback does: drained, found unused, replaced.
+    item.volume.gate.close();
+    let opener = {
+        let pool = Arc::clone(&pool);
+        spawn_named("opener", move || Disk::open(&pool, "d")).expect("a thread")
+    };
+    while item.volume.opens.load(Ordering::SeqCst) == 0 && !opener.is_finished() {
+        std::thread::yield_now();
+    }
+    let row = Row {
+        is_ephemeral: true,
+        ..item.row.clone()
+    };
+    pool.change_catalogue(|all| all.put(row, &item.volume));
+    item.volume.gate.open();
+    let d = opener.join().expect("no panic").expect("opens");
+    assert!(d.is_ephemeral());
+    assert_eq!(item.volume.opens.load(Ordering::SeqCst), 1);
+    drop(d);
+    assert_eq!(item.volume.opens.load(Ordering::SeqCst), 0);
 }

@@ -8,6 +8,7 @@ use super::write::{Padding, Step, WritePlan, WriteSegment};
 use crate::format::catalogue::RowKind;
 use crate::format::units::{bytes_of, len_of};
 use crate::pool::Pool;
+use crate::pool::catalogue::Item;
 use crate::pool::volume::Volume;
 use crate::storage::{AlignedBuf, Tier};
 use crate::sync::Arc;
@@ -69,17 +70,28 @@ impl Disk {
     /// # Errors
     /// No such disk, or its base is missing or changed.
     pub fn open(pool: &Arc<Pool>, name: &str) -> Result<Disk, DiskError> {
-        let item = pool.find(name)?;
-        let base = item.row.base.as_ref().map(Base::open).transpose()?;
-        item.volume.opens.fetch_add(1, Ordering::SeqCst);
-        let handle = Handle {
-            pool: Arc::clone(pool),
-            is_read_only: pool.is_read_only() || item.row.kind == RowKind::Snapshot,
-            is_ephemeral: item.row.is_ephemeral,
-            volume: item.volume,
-            base,
-        };
-        Ok(Disk(Arc::new(handle)))
+        let waker = thread_waker();
+        loop {
+            let item = pool.find(name)?;
+            let base = item.row.base.as_ref().map(Base::open).transpose()?;
+            item.volume.opens.fetch_add(1, Ordering::SeqCst);
+            let handle = Handle {
+                pool: Arc::clone(pool),
+                is_read_only: pool.is_read_only() || item.row.kind == RowKind::Snapshot,
+                is_ephemeral: item.row.is_ephemeral,
+                volume: item.volume,
+                base,
+            };
+            let disk = Disk(Arc::new(handle));
+            // Whoever replaces or removes a disk drains it first, then looks whether it is open. Once
+            // this has been let in, either it was counted in time, or it now finds the new row.
+            drop(disk.enter_blocking(&waker));
+            let id = disk.volume().id;
+            let is_same = |now: &Item| now.row == item.row;
+            if pool.with_catalogue(|all| all.get(id).is_some_and(is_same)) {
+                return Ok(disk);
+            }
+        }
     }
 
     /// Its name: `DISK` or `DISK@SNAPSHOT`.
