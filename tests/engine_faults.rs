@@ -33,6 +33,62 @@ fn a_discard_during_a_write_is_not_undone_by_its_completion() {
     assert_eq!(read(&d, SUB, SUB), bytes(2, SUB));
 }
 
+/// The next process read a batch that only the device's cache had, and wrote the next one after it:
+/// a power cut then left a journal with a hole, or data of one disk in another.
+#[test]
+fn a_batch_that_a_killed_process_left_in_the_cache_is_made_durable() {
+    for fails in [false, true] {
+        let (storage, pool) = fresh();
+        let d = disk(&pool, "d", 4 * CLUSTER);
+        d.write_at(&bytes(1, 4 * CLUSTER), 0).expect("writes");
+        d.flush().expect("flushes");
+        d.discard(0, 4 * CLUSTER).expect("discards");
+        if fails {
+            storage.fail(Op::WriteDurable, 0, 5);
+        } else {
+            storage.cut_power_at(0);
+        }
+        d.flush().expect_err("stopped while the batch is written");
+        drop((d, pool));
+        // What the cache has of it after a failed write is any part.
+        let next = Arc::new(storage.kill());
+        let pool = opened(&next);
+        let found = read(&Disk::open(&pool, "d").expect("there"), 0, CLUSTER);
+        assert!(found == bytes(0, CLUSTER) || (fails && found == bytes(1, CLUSTER)));
+        let other = disk(&pool, "o", 4 * CLUSTER);
+        other.write_at(&bytes(2, 4 * CLUSTER), 0).expect("writes");
+        for image in [next.crash_all_lost(), next.crash_all_kept()] {
+            let pool = opened(&Arc::new(image));
+            let d = Disk::open(&pool, "d").expect("there");
+            assert!(
+                read(&d, 0, CLUSTER) == found,
+                "as the process before saw it"
+            );
+        }
+    }
+}
+
+/// A flush with nothing to record flushed only what its own process had written.
+#[test]
+fn the_first_flush_covers_what_a_killed_process_wrote() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", CLUSTER);
+    d.write_at(&bytes(1, CLUSTER), 0).expect("writes");
+    d.flush().expect("flushes");
+    d.write_at(&bytes(2, CLUSTER), 0).expect("writes in place");
+    let next = Arc::new(storage.kill());
+    let pool = opened(&next);
+    let d = Disk::open(&pool, "d").expect("there");
+    assert!(read(&d, 0, CLUSTER) == bytes(2, CLUSTER));
+    d.flush().expect("flushes");
+    let pool = opened(&Arc::new(next.crash_all_lost()));
+    let d = Disk::open(&pool, "d").expect("there");
+    assert!(
+        read(&d, 0, CLUSTER) == bytes(2, CLUSTER),
+        "it was acknowledged"
+    );
+}
+
 /// A cut while the second copy was written left one good copy; the next opening wrote that one
 /// first, and a second cut there left none.
 #[test]

@@ -28,6 +28,7 @@
 //! | R9 | whoever leads leaves the journal to others meanwhile | r9_one |
 //! | R10 | a failed flush does not freeze the pool | r10 |
 //! | R10 | a failed journal write does not freeze the pool | r10 |
+//! | R11 | the last batch is not written again, or opening does not flush | `engine_faults`: `*_killed_process_*` |
 //!
 //! (`i4` stands for the test whose name begins with it, and so on.)
 

@@ -174,6 +174,7 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
             "{fault}; this cannot be repaired"
         )));
     }
+    loaded.journal.settle_last(&**storage)?;
     loaded.journal.erase_rest(&**storage)?;
     let options = OpenOptions {
         owner: "tidepool pool check --repair".to_owned(),

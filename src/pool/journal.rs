@@ -36,6 +36,8 @@ pub struct Journal {
     prev_crc: u32,
     /// Last batch included in the durable image.
     image_seq: u64,
+    /// Byte and length of the last batch read or written.
+    last: Option<(u64, u64)>,
 }
 
 impl Journal {
@@ -59,6 +61,7 @@ impl Journal {
             next_seq: start.seq,
             prev_crc: start.prev_crc,
             image_seq: superblock.image.map_or(0, |image| image.seq),
+            last: None,
         }
     }
 
@@ -157,6 +160,7 @@ impl Journal {
     }
 
     fn advance(&mut self, len: u64, crc: u32) {
+        self.last = Some((self.at[index(self.active)] + self.used, len));
         let half = self.halves[index(self.active)].as_mut();
         half.expect("the active half always has a first batch")
             .last_seq = self.next_seq;
@@ -188,6 +192,23 @@ impl Journal {
                 return Ok(Some(records));
             }
         }
+    }
+
+    /// R11: makes the last batch that was read durable. The process that wrote it may have been
+    /// killed, or told that it failed, before it was: then only a cache has it, and what the pool
+    /// did next would outlive it. Those before it were durable when it was written (R9).
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn settle_last(&self, storage: &dyn Storage) -> Result<(), PoolError> {
+        let Some((at, len)) = self.last else {
+            return Ok(());
+        };
+        let mut batch = AlignedBuf::new(len_of(len));
+        let settled = storage
+            .read_at(&mut batch, at)
+            .and_then(|()| storage.write_durable_at(&batch, at));
+        settled.map_err(PoolError::storage("making the last batch durable"))
     }
 
     fn may_continue_in_other_half(&self) -> bool {

@@ -35,6 +35,7 @@
 //! | R8 | no data checksum replaces a flush | there are none |
 //! | R9 | one batch outstanding; batches carry the opening and the checksum before | `Journal` |
 //! | R10 | after a failed flush or journal write: never retried, the pool freezes | `poison` |
+//! | R11 | what an opening has read is durable before anything relies on it | `settle_last`, `begin_epoch` |
 //!
 //! Lock order: leadership (the journal), catalogue, one map, space. No lock is held over I/O.
 

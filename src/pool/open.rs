@@ -179,6 +179,9 @@ impl Pool {
         if let Some(fault) = derive(&loaded, &mut space).first() {
             return Err(PoolError::damaged(fault.to_string()));
         }
+        if !options.is_read_only {
+            loaded.journal.settle_last(&*storage)?;
+        }
         let pool = Self::assemble(storage, loaded, space, options);
         if !options.is_read_only {
             pool.begin_epoch(&options.owner)?;
@@ -232,7 +235,7 @@ impl Pool {
 
     /// Batches of this opening are told from those of earlier ones (R9).
     ///
-    /// What was just read may be in the host's cache only, if whoever wrote it was killed. From
+    /// R11: what was just read may be in a cache only, if whoever wrote it was killed. From
     /// here on it counts as durable: batches follow the last one replayed, clusters it freed are
     /// used again, and a flush acknowledges what was written before.
     pub(super) fn begin_epoch(&self, owner: &str) -> Result<(), PoolError> {

@@ -238,6 +238,15 @@ impl SimStorage {
         after
     }
 
+    /// What the next process finds when this one is killed but the power stays on: the present
+    /// versions, and the older ones still to fear from a later crash. A new disk without faults;
+    /// this one is not changed. An operation that [`SimStorage::cut_power_at`] stopped is done, but
+    /// not durable.
+    #[must_use]
+    pub fn kill(&self) -> Self {
+        Self::from_medium(self.state.lock().medium.clone())
+    }
+
     /// Every distinct disk a crash now may leave behind, if there are at most `max`.
     #[must_use]
     pub fn images(&self, max: usize) -> Option<impl Iterator<Item = Self> + use<>> {
@@ -670,6 +679,19 @@ mod tests {
         let reborn = disk.crash_all_lost();
         reborn.write_at(&block(5), 0).unwrap();
         assert_eq!(fills(&reborn, 0, 2), [5, 1]);
+    }
+
+    #[test]
+    fn a_killed_process_leaves_what_is_not_durable_in_the_cache() {
+        let disk = SimStorage::new(LEN);
+        disk.write_at(&block(1), 0).unwrap();
+        disk.cut_power_at(0);
+        assert!(disk.write_durable_at(&block(2), 512).is_err());
+        let next = disk.kill();
+        assert_eq!(fills(&next, 0, 2), [1, 2], "the cache has it all");
+        assert_eq!(fills(&next.crash_all_lost(), 0, 2), [0, 0]);
+        next.flush().unwrap();
+        assert_eq!(fills(&next.crash_all_lost(), 0, 2), [1, 2]);
     }
 
     #[test]
