@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,7 +21,7 @@ use super::session::{PickWorker, Session};
 
 /// Bytes of a socket path: `sun_path` less its terminator, unix(7).
 pub(super) const PATH_BYTES_MAX: usize = 107;
-/// How long a client may take from the first byte of a message to the last.
+/// How long a client may take from the first byte of a message to the last, or to take a reply.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often that is looked at while there are clients.
 const WATCH_INTERVAL_MS: u16 = 2000;
@@ -34,6 +35,17 @@ struct Client {
     is_closed: bool,
     /// A message has begun to arrive at this time and is not whole yet.
     message_began: Option<Instant>,
+    /// No further message is read; what waits is for the queues to end.
+    is_draining: bool,
+}
+
+impl Client {
+    fn shut(&self, how: Shutdown) {
+        if let Some(stream) = &self.stream {
+            // Fails if the client has gone by itself, which is as good.
+            drop(stream.shutdown(how));
+        }
+    }
 }
 
 /// One disk's socket.
@@ -86,18 +98,23 @@ impl Port {
 
     /// Removes the socket, ends the session, if there is one, and waits until its queues are
     /// drained.
+    ///
+    /// The client hears of it last. It goes by the used rings from the moment we hang up (QEMU sets
+    /// a queue back to its used index and comes again), so nothing may be completed after that:
+    /// only our reading ends here, and the session hangs up when its queues are drained.
     pub(super) fn close(&self) {
         let mut client = self.client.lock();
         if !std::mem::replace(&mut client.is_closed, true) {
             // Fails if somebody removed it already.
             drop(fs::remove_file(&self.path));
         }
+        client.shut(Shutdown::Read);
         while client.is_running {
-            if let Some(stream) = &client.stream {
-                // Fails if the client has gone by itself, which is as good.
-                drop(stream.shutdown(std::net::Shutdown::Both));
+            let waited = self.changed.wait_for(&mut client, MESSAGE_TIME_MAX);
+            if waited.timed_out() && !client.is_draining {
+                // It does not take the reply that it asked for.
+                client.shut(Shutdown::Both);
             }
-            self.changed.wait(&mut client);
         }
     }
 
@@ -111,8 +128,8 @@ impl Port {
         let is_late = client
             .message_began
             .is_some_and(|began| now.saturating_duration_since(began) > MESSAGE_TIME_MAX);
-        if let (true, Some(stream)) = (is_late, &client.stream) {
-            drop(stream.shutdown(std::net::Shutdown::Both));
+        if is_late {
+            client.shut(Shutdown::Both);
         }
     }
 }
@@ -288,9 +305,10 @@ impl Drop for Guard<'_> {
 
 fn release(port: &Port) {
     let mut client = port.client.lock();
-    client.stream = None;
-    client.is_running = false;
-    client.message_began = None;
+    *client = Client {
+        is_closed: client.is_closed,
+        ..Client::default()
+    };
     port.changed.notify_all();
 }
 
@@ -298,7 +316,7 @@ fn serve(port: &Arc<Port>, stream: UnixStream, pick: PickWorker) {
     let Ok(peek) = stream.try_clone() else {
         return;
     };
-    let (begins, heard) = (Arc::clone(port), Arc::clone(port));
+    let (begins, heard, drains) = (Arc::clone(port), Arc::clone(port), Arc::clone(port));
     let next = move || {
         // Between messages a client may take as long as it likes.
         let mut fds = [PollFd::new(peek.as_fd(), PollFlags::POLLIN)];
@@ -313,5 +331,7 @@ fn serve(port: &Arc<Port>, stream: UnixStream, pick: PickWorker) {
         true
     };
     let heard = Box::new(move || heard.client.lock().message_began = None);
-    Session::serve(Arc::clone(&port.device), stream, pick, heard, next);
+    let draining = move || drains.client.lock().is_draining = true;
+    let device = Arc::clone(&port.device);
+    Session::serve(device, stream, pick, heard, next, draining);
 }

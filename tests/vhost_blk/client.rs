@@ -189,7 +189,12 @@ impl Wire {
         }
     }
 
-    fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    /// Sends a request and leaves its reply where it is; whether it could be sent.
+    pub fn post(&mut self, request: u32) -> bool {
+        self.send(request, 0, &[], &[])
+    }
+
+    fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
         let len = u32::try_from(payload.len()).expect("length");
         let mut bytes: Vec<u8> = [request, 1 | flags, len]
             .into_iter()
@@ -205,13 +210,14 @@ impl Wire {
         };
         let iov = [IoSlice::new(&bytes)];
         // A back end that has hung up shows in the reply that does not come.
-        let _sent = sendmsg::<()>(
+        let sent = sendmsg::<()>(
             self.stream.as_raw_fd(),
             &iov,
             control,
             MsgFlags::MSG_NOSIGNAL,
             None,
         );
+        sent.is_ok()
     }
 
     /// The payload of a reply, or `None` if the back end hung up.

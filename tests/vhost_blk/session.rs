@@ -429,6 +429,61 @@ fn shutting_down_finishes_what_was_begun() {
 }
 
 #[test]
+fn a_hang_up_comes_after_the_last_completion() {
+    let mut late = 0;
+    for _ in 0..20 {
+        let bench = Bench::new(Kind::Direct, SIZE, false);
+        let mut guest = Guest::boot(
+            &bench.socket,
+            Style {
+                queues: 4,
+                ..MODERN
+            },
+        );
+        for q in 0..4 {
+            for i in 0..40 {
+                let addr = DATA + u64::from(i) * 65536;
+                guest.put(q, i * 3, OUT, u64::from(i) * 128, &[(addr, 65536, 0)]);
+            }
+        }
+        let used = |guest: &Guest| -> Vec<u16> {
+            let queues = guest.queues.iter();
+            queues
+                .map(|vq| guest.ram.load_u16(vq.used_at() + 2))
+                .collect()
+        };
+        while used(&guest)[0] == 0 {
+            std::thread::yield_now();
+        }
+        let Bench { server, dir, .. } = bench;
+        let shutdown = std::thread::Builder::new().spawn(move || server.shutdown());
+        guest.wire.wait_hangup();
+        // From here on a front end may start the queues again, at these indices.
+        let at_hang_up = used(&guest);
+        let shutdown = shutdown.expect("a thread").join().expect("no panic");
+        shutdown.expect("shut down");
+        late += u32::from(used(&guest) != at_hang_up);
+        drop(dir);
+    }
+    assert_eq!(late, 0, "sessions with completions after the hang-up");
+}
+
+#[test]
+fn a_client_that_takes_no_replies_is_left_behind() {
+    let bench = Bench::new(Kind::Memory, SIZE, false);
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    // Until nothing more fits, in either direction.
+    let deaf = guest
+        .wire
+        .stream
+        .set_write_timeout(Some(Duration::from_millis(200)));
+    deaf.expect("timeout");
+    while guest.wire.post(req::GET_FEATURES) {}
+    bench.server.shutdown().expect("shut down");
+    guest.wire.wait_hangup();
+}
+
+#[test]
 fn many_disks_share_the_workers() {
     let dir = tempfile::TempDir::new().expect("a directory");
     let server = Server::start(options()).expect("a server");

@@ -218,13 +218,16 @@ impl State {
 }
 
 impl Session {
-    /// Serves `stream` until its client leaves or breaks the protocol.
+    /// Serves `stream` until its client leaves or breaks the protocol, drains its queues, and
+    /// hangs up. Calls `next` before each message, `heard` when it is whole, `draining` after the
+    /// last.
     pub(in crate::vhost_blk) fn serve(
         device: Arc<Device>,
         stream: UnixStream,
         pick: PickWorker,
         heard: Box<dyn Fn() + Send + Sync>,
         mut next: impl FnMut() -> bool,
+        draining: impl FnOnce(),
     ) {
         device.set_writeback(true);
         let queues = usize::from(device.queues_max);
@@ -250,6 +253,7 @@ impl Session {
         });
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
         while next() && requests.handle_request().is_ok() {}
+        draining();
         session.state.lock().stop_all(true);
     }
 
