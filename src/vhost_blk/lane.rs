@@ -55,10 +55,7 @@ pub(super) enum LaneState {
     /// The guest broke the rules: nothing is taken any more.
     Broken,
     /// Nothing is taken any more; the last completion answers with the index to resume from.
-    Stopping {
-        reply: SyncSender<u16>,
-        is_abandoned: bool,
-    },
+    Stopping { reply: SyncSender<u16> },
 }
 
 impl Lane {
@@ -74,14 +71,6 @@ impl Lane {
     pub(super) fn is_stopping(&self) -> bool {
         match self.state {
             LaneState::Stopping { .. } => true,
-            LaneState::Armed | LaneState::Awake | LaneState::Broken => false,
-        }
-    }
-
-    /// Whether requests that wait for space are to be dropped.
-    pub(super) fn is_abandoned(&self) -> bool {
-        match self.state {
-            LaneState::Stopping { is_abandoned, .. } => is_abandoned,
             LaneState::Armed | LaneState::Awake | LaneState::Broken => false,
         }
     }

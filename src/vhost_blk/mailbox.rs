@@ -52,8 +52,6 @@ pub(super) enum Message {
     /// to resume from.
     Stop {
         lane: LaneId,
-        /// The client is gone: drop what waits for space instead of finishing it.
-        is_abandoned: bool,
         reply: SyncSender<u16>,
     },
     /// Tell the guest of completions here from now on.

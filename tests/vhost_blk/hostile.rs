@@ -482,6 +482,25 @@ fn stopping_a_ring_fails_what_waits_for_space_before_an_answered_request() {
 }
 
 #[test]
+fn the_end_of_a_session_leaves_rings_that_can_be_gone_on_with() {
+    let (bench, mut guest, sector) = full_for_an_hour();
+    guest.put(0, 0, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    guest.put(0, 8, IN, 0, &[(DATA + (2 << 20), 512, WRITE)]);
+    assert_eq!(guest.wait(0), Some((8, 513)));
+    guest.put(0, 16, OUT, sector, &[(DATA, 1 << 20, 0)]);
+    while bench.stats().parked < 2 {
+        std::thread::yield_now();
+    }
+    bench.server.shutdown().expect("shut down");
+    guest.wire.wait_hangup();
+    // A front end that comes back goes on at the used index: what is before it must have been
+    // answered, whatever order that was in.
+    assert_eq!(guest.ram.load_u16(guest.queues[0].used_at() + 2), 2);
+    assert_eq!(guest.wait(0), Some((0, 1)));
+    assert_eq!(guest.status(0, 0), IOERR);
+}
+
+#[test]
 fn requests_that_wait_for_space_do_not_hold_up_the_end() {
     let options = ServerOptions {
         no_space_timeout: Duration::from_secs(5),

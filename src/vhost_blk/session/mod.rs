@@ -139,8 +139,9 @@ impl State {
         Ok(())
     }
 
-    /// Stops and drains a ring; its base is where to go on.
-    fn stop(&mut self, index: u32, is_abandoned: bool) -> Result<()> {
+    /// Stops and drains a ring; its base is where to go on, and its used index is there too: a
+    /// front end that lost us has nothing else to go by.
+    fn stop(&mut self, index: u32) -> Result<()> {
         let vring = self.vring(index)?;
         let Some(running) = vring.running.take() else {
             return Ok(());
@@ -148,7 +149,6 @@ impl State {
         let (reply, answer) = sync_channel(1);
         running.worker.post(Message::Stop {
             lane: running.lane,
-            is_abandoned,
             reply,
         });
         vring.base = answer.recv().map_err(|_gone| Error::BackendInternalError)?;
@@ -157,19 +157,18 @@ impl State {
 
     /// Changes a ring that may be running.
     fn change(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<()> {
-        self.stop(index, false)?;
+        self.stop(index)?;
         change(self.vring(index)?);
         self.start_if_ready(index)
     }
 
-    fn stop_all(&mut self, is_abandoned: bool) {
+    fn stop_all(&mut self) {
         let mut answers = Vec::new();
         for vring in &mut self.vrings {
             if let Some(running) = vring.running.take() {
                 let (reply, answer) = sync_channel(1);
                 running.worker.post(Message::Stop {
                     lane: running.lane,
-                    is_abandoned,
                     reply,
                 });
                 answers.push(answer);
@@ -209,7 +208,7 @@ impl State {
     }
 
     fn reset(&mut self) {
-        self.stop_all(false);
+        self.stop_all();
         self.vrings
             .iter_mut()
             .for_each(|vring| *vring = Vring::default());
@@ -254,7 +253,7 @@ impl Session {
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
         while next() && requests.handle_request().is_ok() {}
         draining();
-        session.state.lock().stop_all(true);
+        session.state.lock().stop_all();
     }
 
     fn lock(&self) -> crate::sync::MutexGuard<'_, State> {

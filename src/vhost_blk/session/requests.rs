@@ -126,7 +126,7 @@ impl VhostUserBackendReqHandler for Session {
     /// for space is not waited for: it is left out of the base if it can be, else it fails.
     fn get_vring_base(&self, index: u32) -> Result<VhostUserVringState> {
         let mut state = self.lock();
-        state.stop(index, false)?;
+        state.stop(index)?;
         let vring = state.vring(index)?;
         vring.kick = None;
         vring.call = None;

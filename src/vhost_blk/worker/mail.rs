@@ -21,11 +21,7 @@ impl Worker {
     pub(super) fn obey(&mut self, message: Message) {
         match message {
             Message::Start(start) => self.open(*start),
-            Message::Stop {
-                lane,
-                is_abandoned,
-                reply,
-            } => self.stop(lane, is_abandoned, reply),
+            Message::Stop { lane, reply } => self.stop(lane, reply),
             Message::Call {
                 lane: LaneId(index),
                 call,
@@ -129,19 +125,11 @@ impl Worker {
         drop(reply.send(Ok(LaneId(index))));
     }
 
-    pub(super) fn stop(
-        &mut self,
-        LaneId(index): LaneId,
-        is_abandoned: bool,
-        reply: SyncSender<u16>,
-    ) {
+    pub(super) fn stop(&mut self, LaneId(index): LaneId, reply: SyncSender<u16>) {
         let Some(lane) = lane_mut(&mut self.lanes, index) else {
             return;
         };
-        lane.state = LaneState::Stopping {
-            reply,
-            is_abandoned,
-        };
+        lane.state = LaneState::Stopping { reply };
         if let Some(poll) = lane.poll.take() {
             self.ring.cancel(poll);
         }
@@ -157,7 +145,7 @@ impl Worker {
         };
         self.files.close(&mut self.ring, &lane.files);
         lane.device.close_stats(&lane.stats);
-        if let LaneState::Stopping { reply, .. } = lane.state {
+        if let LaneState::Stopping { reply } = lane.state {
             let _client_left = reply.send(lane.queue.next_avail());
         }
     }

@@ -6,7 +6,7 @@ use crate::virtio::blk::{Op, Status};
 use crate::virtio::queue::Chain;
 
 use super::{FULL_RETRY, Parked, TURN, Worker, lane, lane_mut};
-use crate::vhost_blk::lane::{Lane, LaneState};
+use crate::vhost_blk::lane::LaneState;
 use crate::vhost_blk::task::{Mover, Next, Task};
 
 impl Worker {
@@ -203,9 +203,6 @@ impl Worker {
             let Some((id, why)) = self.parked.pop_front() else {
                 return;
             };
-            if self.drop_if_abandoned(id) {
-                continue;
-            }
             let is_due = match why {
                 Parked::Busy => is_told,
                 Parked::Full => is_told || self.is_full_due(id),
@@ -286,19 +283,5 @@ impl Worker {
         let since = self.tasks[slot].as_ref().and_then(|task| task.full_since);
         // Once a loop at most, and the loop turns at least every FULL_RETRY.
         since.is_some_and(|since| self.now.saturating_duration_since(since) >= FULL_RETRY)
-    }
-
-    /// The client of a task that waits is gone: nothing of it was carried out, nothing is said.
-    pub(super) fn drop_if_abandoned(&mut self, id: u32) -> bool {
-        let slot = usize::try_from(id).expect("usize has at least 32 bits");
-        let index = match &self.tasks[slot] {
-            Some(task) => task.lane,
-            None => return true,
-        };
-        if !lane(&self.lanes, index).is_some_and(Lane::is_abandoned) {
-            return false;
-        }
-        self.forget(id);
-        true
     }
 }
