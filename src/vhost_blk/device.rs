@@ -21,7 +21,9 @@ pub(super) struct Device {
     pub(super) helpers: Arc<Helpers>,
     /// Sessions that lost their memory.
     lost_sessions: Counter,
-    /// The `writeback` field of the configuration space.
+    /// The `writeback` field of the configuration space. As it was written last, through resets
+    /// and sessions: front ends keep a copy that they show to guests, and do not ask again. A guest
+    /// that saw no write cache sends no flushes.
     writeback: AtomicBool,
     stats: Mutex<Stats>,
 }

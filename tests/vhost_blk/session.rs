@@ -252,12 +252,25 @@ fn a_reset_device_starts_again_in_the_same_session() {
     assert_eq!(guest.write(0, 0, &[2; 512]), OK);
     assert!(guest.wire.set_config(32, &[0]));
     assert!(guest.wire.tell(req::RESET_DEVICE, &[], &[]));
-    assert_eq!(guest.wire.config(32, 1), Some(vec![1]));
     let Guest {
         wire, ram, queues, ..
     } = &mut guest;
     assert!(queues[0].start(wire, ram, true));
     assert_eq!(guest.read(0, 0, 512), [2; 512]);
+}
+
+#[test]
+fn a_write_cache_that_was_turned_off_stays_off() {
+    let bench = Bench::new(Kind::Memory, SIZE, false);
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    assert!(guest.wire.set_config(32, &[0]));
+    // QEMU asks once in its life, and its guest goes by that whatever happens to us meanwhile.
+    assert!(guest.wire.tell(req::RESET_DEVICE, &[], &[]));
+    assert_eq!(guest.wire.config(32, 1), Some(vec![0]));
+    let mut guest = Guest::boot_after(guest, &bench.socket);
+    assert_eq!(guest.wire.config(32, 1), Some(vec![0]));
+    assert!(guest.wire.set_config(32, &[1]));
+    assert_eq!(guest.wire.config(32, 1), Some(vec![1]));
 }
 
 #[test]

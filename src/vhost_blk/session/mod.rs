@@ -212,7 +212,6 @@ impl State {
         self.vrings
             .iter_mut()
             .for_each(|vring| *vring = Vring::default());
-        self.device.set_writeback(true);
     }
 }
 
@@ -228,7 +227,6 @@ impl Session {
         mut next: impl FnMut() -> bool,
         draining: impl FnOnce(),
     ) {
-        device.set_writeback(true);
         let queues = usize::from(device.queues_max);
         // Without a descriptor for it there is no serving it either.
         let Ok(handle) = stream.try_clone() else {
