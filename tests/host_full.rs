@@ -4,8 +4,11 @@
 //!
 //! Method: a pool that may grow to 64 MiB on a tmpfs of 24 MiB, mounted for the test.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+#[path = "common/small.rs"]
+mod small;
+
+use small::Small;
+use std::path::Path;
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk};
 use tidepool::pool::check::check;
@@ -14,41 +17,6 @@ use tidepool::storage::{Access, FileStorage};
 
 const MIB: u64 = 1 << 20;
 
-/// A mounted tmpfs of 24 MiB; unmounted at the end.
-struct Small {
-    dir: tempfile::TempDir,
-}
-
-impl Small {
-    fn mount() -> Option<Self> {
-        let dir = tempfile::tempdir().expect("a directory");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=24m", "tidepool-test"])
-            .arg(dir.path())
-            .status();
-        mounted
-            .is_ok_and(|status| status.success())
-            .then_some(Self { dir })
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.path().join("full.pool")
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let unmounted = Command::new("umount")
-            .arg("-l")
-            .arg(self.dir.path())
-            .status();
-        assert!(
-            unmounted.is_ok_and(|status| status.success()),
-            "the tmpfs is unmounted"
-        );
-    }
-}
-
 fn open_pool(path: &Path) -> Arc<Pool> {
     let file = FileStorage::open(path, Access::ReadWrite).expect("opens");
     Pool::open(Arc::new(file), &OpenOptions::default()).expect("a pool")
@@ -56,13 +24,10 @@ fn open_pool(path: &Path) -> Arc<Pool> {
 
 #[test]
 fn a_full_host_is_an_error_and_nothing_worse() {
-    let Some(small) = Small::mount() else {
-        println!(
-            "SKIPPED: a_full_host_is_an_error_and_nothing_worse: tmpfs cannot be mounted here"
-        );
+    let Some(small) = Small::mount("a_full_host_is_an_error_and_nothing_worse") else {
         return;
     };
-    let path = small.path();
+    let path = small.path().join("full.pool");
     let file = FileStorage::create_new(&path, 64 * MIB).expect("a sparse file fits");
     open::create(&file, &CreateOptions::new(64 * MIB)).expect("an empty pool");
     drop(file);

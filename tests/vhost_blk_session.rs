@@ -15,11 +15,15 @@ mod data;
 mod disk;
 #[path = "vhost_blk/guest.rs"]
 mod guest;
+#[path = "vhost_blk/host.rs"]
+mod host;
 #[path = "vhost_blk/hostile.rs"]
 mod hostile;
 #[path = "vhost_blk/lost.rs"]
 mod lost;
 #[path = "vhost_blk/session.rs"]
 mod session;
+#[path = "common/small.rs"]
+mod small;
 #[path = "vhost_blk/stranger.rs"]
 mod stranger;

@@ -25,6 +25,11 @@ fn pool(dir: &Path, name: &str, kind: Kind, size: u64) -> Arc<Pool> {
     } else {
         dir
     };
+    pool_in(dir, name, kind, size)
+}
+
+/// A pool of `size` bytes in a file in `dir`, which has lost its name.
+fn pool_in(dir: &Path, name: &str, kind: Kind, size: u64) -> Arc<Pool> {
     let path = dir.join(format!("{name}.{}.{:p}.pool", std::process::id(), &name));
     let caching = if kind == Kind::Buffered {
         Caching::Buffered
@@ -68,6 +73,13 @@ pub fn make_tight(dir: &Path, size: u64) -> Disk {
     let pool = pool(dir, "tight", Kind::Direct, 32 << 20);
     cowdisk::create(&pool, &NewDisk::empty("tight", size)).expect("a disk");
     Disk::open(&pool, "tight").expect("the disk opens")
+}
+
+/// A disk of `size` bytes in a pool that may grow to 64 MiB, on the file system of `dir`.
+pub fn make_on(dir: &Path, size: u64) -> Disk {
+    let pool = pool_in(dir, "disk", Kind::Memory, 64 << 20);
+    cowdisk::create(&pool, &NewDisk::empty("disk", size)).expect("a disk");
+    Disk::open(&pool, "disk").expect("the disk opens")
 }
 
 /// A snapshot of a disk that was never written.

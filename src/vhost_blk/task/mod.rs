@@ -204,7 +204,7 @@ impl Task {
         match disk.plan_write(pass, offset, len, &mut self.plan, &mover.context.waker) {
             Err(error) => self.refused(&error),
             Ok(Step::Ready) => {
-                self.full_since = None;
+                // `full_since` stays: the host may have no space although the pool has.
                 self.stage = Stage::Writing;
                 let plan = std::mem::take(&mut self.plan);
                 for segment in plan.segments() {
