@@ -4,8 +4,6 @@
 //! Method: the built program is run as a user would, in a directory of its own. `qemu-img`, where
 //! it is installed, makes the images that are imported and judges those that are exported.
 
-#![expect(clippy::print_stdout, reason = "what is skipped is said")]
-
 mod cli;
 
 use cli::{Outcome, Shell, has_qemu_img, skip};

@@ -9,6 +9,7 @@ use crate::format::units::bytes_of;
 use crate::pool::reclaim::Background;
 use crate::pool::{Pool, Return};
 use crate::sync::Arc;
+use crate::sys::fd;
 use crate::vhost_blk::{QUEUES_MAX, ServeError, Server, ServerOptions, WORKERS_MAX};
 use clap::{Args, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
@@ -108,6 +109,8 @@ pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
     let blocked = signals.thread_block();
     blocked.map_err(|e| Failure::new("io", "signals", format!("cannot block them: {e}")))?;
+    // Each client takes some for itself, its memory and its queues. If it fails there are fewer.
+    let _descriptors = fd::raise_limit();
     let sockets = socket_dir(args)?;
     let mut pools = Vec::new();
     let result = open_all(args, &sockets, &mut pools)

@@ -1,5 +1,5 @@
-//! Event counters (eventfd(2)): how queues are kicked, how guests are called, how threads wake one
-//! another.
+//! Descriptors: event counters (eventfd(2)), by which queues are kicked, guests are called and threads
+//! wake one another, and how many descriptors there may be.
 
 use std::fs;
 use std::io;
@@ -8,9 +8,23 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// What `/proc/self/fd` shows for an eventfd.
 const EVENTFD_LINK: &str = "anon_inode:[eventfd]";
+
+/// Lets this process have as many descriptors as it may ask for, and says how many those are. The
+/// usual 1024 are for the sake of select(2), which nothing here uses.
+///
+/// # Errors
+/// As setrlimit(2).
+pub fn raise_limit() -> io::Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(hard)
+}
 
 /// An eventfd, our own or one that came over a socket.
 ///

@@ -5,7 +5,7 @@
 //! - [`clock`]: the monotonic clock and the time of day.
 //! - [`mod@file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
 //!   durable writes, holes, open-file-description locks.
-//! - [`fd`]: eventfds, our own and those that come over a socket.
+//! - [`fd`]: eventfds, our own and those that come over a socket; the limit of descriptors.
 //! - [`memory`]: large tables in huge pages.
 //! - [`mmap`]: guest memory shared by a vhost-user front end.
 //! - [`sigbus`]: surviving guest memory that is taken away.

@@ -105,12 +105,12 @@ impl Device {
 #[derive(Debug)]
 pub(super) struct Leash {
     device: Arc<Device>,
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     is_cut: AtomicBool,
 }
 
 impl Leash {
-    pub(super) fn new(device: Arc<Device>, stream: UnixStream) -> Self {
+    pub(super) fn new(device: Arc<Device>, stream: Arc<UnixStream>) -> Self {
         Self {
             device,
             stream,

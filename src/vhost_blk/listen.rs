@@ -26,10 +26,13 @@ const MESSAGE_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often that is looked at while there are clients.
 const WATCH_INTERVAL_MS: u16 = 2000;
 
+/// How long nobody is accepted after descriptors, threads or memory ran out: who waits, waits on.
+const SHORTAGE_MS: u16 = 200;
+
 #[derive(Debug, Default)]
 struct Client {
     /// To shut down with.
-    stream: Option<UnixStream>,
+    stream: Option<Arc<UnixStream>>,
     is_running: bool,
     /// No client is taken any more.
     is_closed: bool,
@@ -216,6 +219,7 @@ impl Reception {
     /// # Errors
     /// As poll(2).
     pub(super) fn run(self: &Arc<Self>, assign: &Assign) -> io::Result<()> {
+        let mut is_short = false;
         loop {
             self.changed.clear()?;
             let ports = {
@@ -227,14 +231,16 @@ impl Reception {
             };
             let (free, busy): (Vec<_>, Vec<_>) = ports.into_iter().partition(|p| p.is_free());
             let mut fds = vec![PollFd::new(self.changed.as_fd(), PollFlags::POLLIN)];
+            let listening = if is_short { &[] } else { free.as_slice() };
             fds.extend(
-                free.iter()
+                listening
+                    .iter()
                     .map(|p| PollFd::new(p.listener.as_fd(), PollFlags::POLLIN)),
             );
-            let timeout = if busy.is_empty() {
-                PollTimeout::NONE
-            } else {
-                PollTimeout::from(WATCH_INTERVAL_MS)
+            let timeout = match (is_short, busy.is_empty()) {
+                (true, _) => PollTimeout::from(SHORTAGE_MS),
+                (false, true) => PollTimeout::NONE,
+                (false, false) => PollTimeout::from(WATCH_INTERVAL_MS),
             };
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -244,35 +250,32 @@ impl Reception {
                 .iter()
                 .map(|fd| fd.any().unwrap_or(false))
                 .collect();
-            for (port, _) in free
-                .iter()
-                .zip(waiting)
+            let callers = listening.iter().zip(waiting);
+            let accepted = callers
                 .filter(|(_, is_waiting)| *is_waiting)
-            {
-                self.accept(port, assign);
-            }
+                .try_for_each(|(port, _)| self.accept(port, assign));
+            is_short = accepted.is_err_and(|error| is_shortage(&error));
             let now = clock::now();
             busy.iter().for_each(|port| port.watch(now));
         }
     }
 
-    fn accept(self: &Arc<Self>, port: &Arc<Port>, assign: &Assign) {
-        // Fails if the client has given up meanwhile: then there is nobody to serve.
-        let Ok((stream, _)) = port.listener.accept() else {
-            return;
-        };
-        let Ok(handle) = stream
-            .set_nonblocking(false)
-            .and_then(|()| stream.try_clone())
-        else {
-            return;
-        };
+    /// # Errors
+    /// As accept4(2) and dup(2); `WouldBlock` and `ConnectionAborted` if the client has given up
+    /// meanwhile.
+    fn accept(self: &Arc<Self>, port: &Arc<Port>, assign: &Assign) -> io::Result<()> {
+        // A client takes two descriptors. With one left it would be accepted to be turned away.
+        let spare = port.listener.try_clone()?;
+        let (stream, _) = port.listener.accept()?;
+        drop(spare);
+        stream.set_nonblocking(false)?;
+        let handle = Arc::new(stream.try_clone()?);
         {
             let mut client = port.client.lock();
             if client.is_closed {
-                return;
+                return Ok(());
             }
-            client.stream = Some(handle);
+            client.stream = Some(Arc::clone(&handle));
             client.is_running = true;
         }
         let (reception, theirs) = (Arc::clone(self), Arc::clone(port));
@@ -283,12 +286,16 @@ impl Reception {
                 port: &theirs,
                 reception: &reception,
             };
-            serve(&theirs, stream, pick);
+            serve(&theirs, stream, handle, pick);
         });
-        if started.is_err() {
-            release(port);
-        }
+        started.map(drop).inspect_err(|_| release(port))
     }
+}
+
+/// Whether it is the host that is short of something, not the client that is gone.
+fn is_shortage(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    !matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }
 
 struct Guard<'a> {
@@ -312,10 +319,8 @@ fn release(port: &Port) {
     port.changed.notify_all();
 }
 
-fn serve(port: &Arc<Port>, stream: UnixStream, pick: PickWorker) {
-    let Ok(peek) = stream.try_clone() else {
-        return;
-    };
+fn serve(port: &Arc<Port>, stream: UnixStream, handle: Arc<UnixStream>, pick: PickWorker) {
+    let peek = Arc::clone(&handle);
     let (begins, heard, drains) = (Arc::clone(port), Arc::clone(port), Arc::clone(port));
     let next = move || {
         // Between messages a client may take as long as it likes.
@@ -333,5 +338,5 @@ fn serve(port: &Arc<Port>, stream: UnixStream, pick: PickWorker) {
     let heard = Box::new(move || heard.client.lock().message_began = None);
     let draining = move || drains.client.lock().is_draining = true;
     let device = Arc::clone(&port.device);
-    Session::serve(device, stream, pick, heard, next, draining);
+    Session::serve(device, stream, handle, pick, heard, next, draining);
 }

@@ -1,5 +1,11 @@
 //! Runs the built program in a directory of its own.
 
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test uses its own part of it"
+)]
+
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -128,33 +134,46 @@ impl Shell {
     /// Starts `tidepool serve`, and waits until it is ready.
     pub(crate) fn serve(&self, args: &[&str]) -> Server {
         let args = [&["serve", "-o", "json"], args].concat();
-        let mut child = self
-            .command(&args)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("starts");
-        let mut lines = BufReader::new(child.stdout.take().expect("piped"));
-        let mut events = Vec::new();
-        loop {
-            let mut line = String::new();
-            let len = lines.read_line(&mut line).expect("reads");
-            assert_ne!(len, 0, "the server ended before it was ready: {events:?}");
-            let event: Value = serde_json::from_str(&line).expect("a JSON object a line");
-            if event["event"] == "ready" {
-                break;
-            }
-            if event["event"] == "refused" {
-                continue;
-            }
-            assert_eq!(event["event"], "serving");
-            assert!(Path::new(event["socket"].as_str().expect("a path")).is_relative());
-            events.push(event);
+        wait_until_ready(self.command(&args))
+    }
+
+    /// As [`Shell::serve`], after `first` in a shell.
+    pub(crate) fn serve_after(&self, first: &str, args: &[&str]) -> Server {
+        let mut command = Command::new("sh");
+        command
+            .current_dir(self.0.path())
+            .arg("-c")
+            .arg(format!("{first} && exec \"$0\" serve -o json \"$@\""))
+            .arg(env!("CARGO_BIN_EXE_tidepool"))
+            .args(args)
+            .stdin(Stdio::null());
+        wait_until_ready(command)
+    }
+}
+
+fn wait_until_ready(mut command: Command) -> Server {
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped"));
+    let mut events = Vec::new();
+    loop {
+        let mut line = String::new();
+        let len = lines.read_line(&mut line).expect("reads");
+        assert_ne!(len, 0, "the server ended before it was ready: {events:?}");
+        let event: Value = serde_json::from_str(&line).expect("a JSON object a line");
+        if event["event"] == "ready" {
+            break;
         }
-        Server {
-            child,
-            lines,
-            events,
+        if event["event"] == "refused" {
+            continue;
         }
+        assert_eq!(event["event"], "serving");
+        assert!(Path::new(event["socket"].as_str().expect("a path")).is_relative());
+        events.push(event);
+    }
+    Server {
+        child,
+        lines,
+        events,
     }
 }
 
@@ -204,5 +223,8 @@ pub(crate) fn has_qemu_img() -> bool {
 }
 
 pub(crate) fn skip(name: &str, reason: &str) {
-    println!("SKIPPED: {name}: {reason}");
+    #[expect(clippy::print_stdout, reason = "a test that did not run says so")]
+    {
+        println!("SKIPPED: {name}: {reason}");
+    }
 }

@@ -95,7 +95,11 @@ impl Ring {
         let files = FILES
             .into_iter()
             .find(|files| ring.submitter().register_files_sparse(*files).is_ok())
-            .ok_or_else(|| io::Error::other("io_uring has no table of registered files"))?;
+            .ok_or_else(|| {
+                let least = FILES[FILES.len() - 1];
+                let what = format!("no table of {least} files (does `ulimit -n` allow as many?)");
+                io::Error::other(what)
+            })?;
         // A registered ring saves the descriptor look-up of every call; older kernels have none.
         if ring.submitter().register_ring_fd().is_err() {
             ring = build()?;

@@ -216,22 +216,19 @@ impl State {
 }
 
 impl Session {
-    /// Serves `stream` until its client leaves or breaks the protocol, drains its queues, and
+    /// Serves `stream`, which is `handle` too, until its client leaves or breaks the protocol, drains its queues, and
     /// hangs up. Calls `next` before each message, `heard` when it is whole, `draining` after the
     /// last.
     pub(in crate::vhost_blk) fn serve(
         device: Arc<Device>,
         stream: UnixStream,
+        handle: Arc<UnixStream>,
         pick: PickWorker,
         heard: Box<dyn Fn() + Send + Sync>,
         mut next: impl FnMut() -> bool,
         draining: impl FnOnce(),
     ) {
         let queues = usize::from(device.queues_max);
-        // Without a descriptor for it there is no serving it either.
-        let Ok(handle) = stream.try_clone() else {
-            return;
-        };
         let leash = Arc::new(Leash::new(Arc::clone(&device), handle));
         let state = State {
             device,

@@ -1,0 +1,96 @@
+//! Goal: `tidepool serve` is a good citizen of its host: it uses what it may and rests where it
+//! cannot, ends as it is told to, and says plainly what it cannot serve.
+//!
+//! Method: the built program, as its users see it: limits, signals, sockets, messages.
+
+mod cli;
+
+use cli::{Server, Shell};
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// Asks a back end for its features; whether it answered within `limit`. It must not hang up.
+fn is_served(client: &mut UnixStream, limit: Duration) -> bool {
+    client.set_read_timeout(Some(limit)).expect("timeout");
+    let get_features: Vec<u8> = [1_u32, 1, 0]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .collect();
+    let mut reply = [0; 20];
+    client.write_all(&get_features).expect("not turned away");
+    match client.read_exact(&mut reply) {
+        Ok(()) => true,
+        Err(e) if e.kind() == ErrorKind::WouldBlock => false,
+        Err(e) => panic!("turned away: {e}"),
+    }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    UnixStream::connect(path).expect("the server listens")
+}
+
+/// CPU time it has used so far, in ticks of 10 ms.
+fn cpu_ticks(server: &Server) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", server.pid())).expect("it runs");
+    let after_name = stat.rsplit_once(") ").expect("a name in parentheses").1;
+    let fields: Vec<&str> = after_name.split(' ').collect();
+    let ticks = |at: usize| fields[at].parse::<u64>().expect("a number");
+    ticks(11) + ticks(12)
+}
+
+/// Pool `p` with disks `d-1` to `d-90`.
+fn ninety_disks() -> Shell {
+    let shell = Shell::new();
+    shell.pool();
+    shell.ok(&["disk", "create", "p:d", "--size", "1M"]);
+    shell.ok(&["disk", "fork", "p:d", "d", "-n", "90"]);
+    shell
+}
+
+#[test]
+fn as_many_descriptors_are_used_as_there_may_be() {
+    let shell = ninety_disks();
+    let mut server = shell.serve_after("ulimit -Sn 130", &["p", "--sockets", "run"]);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", server.pid())).expect("it runs");
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let words: Vec<&str> = files.expect("a limit").split_whitespace().collect();
+    assert_eq!(words[3], words[4], "the soft limit is the hard one");
+    assert_ne!(words[3], "130");
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn a_server_without_descriptors_rests_until_it_has_some() {
+    let shell = ninety_disks();
+    let args = ["p", "--sockets", "run", "--workers", "1"];
+    // Whether one is left over in the end or none.
+    for limit in ["ulimit -n 140", "ulimit -n 141"] {
+        run_short(&shell, limit, &args);
+    }
+}
+
+fn run_short(shell: &Shell, limit: &str, args: &[&str]) {
+    let mut server = shell.serve_after(limit, args);
+    let socket = |n: u32| shell.path(&format!("run/d-{n}.sock"));
+    let mut clients: Vec<UnixStream> = (1..=80).map(|n| connect(&socket(n))).collect();
+    let soon = Duration::from_millis(50);
+    let answers = clients.iter_mut().map(|client| is_served(client, soon));
+    let served = answers.filter(|is_served| *is_served).count();
+    assert!((1..80).contains(&served), "{served} of 80 are served");
+    let before = cpu_ticks(&server);
+    let mut last = connect(&socket(90));
+    assert!(!is_served(&mut last, Duration::from_secs(1)));
+    let ticks = cpu_ticks(&server) - before;
+    assert!(ticks < 25, "{ticks} ticks in a second of waiting");
+    drop(clients);
+    assert!(
+        is_served(&mut last, Duration::from_secs(20)),
+        "there are descriptors again"
+    );
+    assert_eq!(server.stop(), Some(0));
+}
