@@ -94,3 +94,41 @@ fn run_short(shell: &Shell, limit: &str, args: &[&str]) {
     );
     assert_eq!(server.stop(), Some(0));
 }
+
+#[test]
+fn pools_whose_sockets_would_have_the_same_names_are_refused() {
+    let shell = Shell::new();
+    fs::create_dir(shell.path("other")).expect("a directory");
+    for pool in ["p", "other/p"] {
+        shell.ok(&["pool", "create", pool, "--size", "64M"]);
+        shell.ok(&["disk", "create", &format!("{pool}:a"), "--size", "1M"]);
+    }
+    for twice in [["p", "other/p"], ["p", "p"]] {
+        let refused = shell.run(&[
+            "serve",
+            twice[0],
+            twice[1],
+            "--sockets",
+            "run",
+            "-o",
+            "json",
+        ]);
+        assert_eq!(refused.code, 2, "{refused:?}");
+        assert_eq!(refused.stdout, "", "nothing is served");
+        let error = refused.error();
+        assert!(
+            error["message"]
+                .as_str()
+                .expect("a text")
+                .contains("p.*.sock"),
+            "{error}"
+        );
+        assert!(
+            error["hint"]
+                .as_str()
+                .expect("a text")
+                .contains("--sockets"),
+            "{error}"
+        );
+    }
+}

@@ -14,6 +14,7 @@ use crate::vhost_blk::{QUEUES_MAX, ServeError, Server, ServerOptions, WORKERS_MA
 use clap::{Args, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
+use std::borrow::Cow;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -105,6 +106,7 @@ struct Owned {
 
 /// Serves until a signal comes, then closes what it opened.
 pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
+    check_stems(&args.pools)?;
     // Before any thread is made, so that none of them takes the signals.
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
     let blocked = signals.thread_block();
@@ -125,6 +127,25 @@ pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
     let reply = result?;
     closed?;
     Ok(reply)
+}
+
+/// What the names of a pool's sockets begin with, where there are several pools.
+fn stem(pool: &Path) -> Cow<'_, str> {
+    pool.file_stem().unwrap_or_default().to_string_lossy()
+}
+
+fn check_stems(pools: &[PathBuf]) -> Result<(), Failure> {
+    for (at, second) in pools.iter().enumerate() {
+        let Some(first) = pools[..at].iter().find(|first| stem(first) == stem(second)) else {
+            continue;
+        };
+        let (first, stem, second) = (first.display(), stem(second), second.display());
+        let what = format!("{first} and {second} would both be served as {stem}.*.sock");
+        let hint = "name each pool once, and serve pools of one name by servers of their own, each \
+                    with its own --sockets DIR";
+        return Err(Failure::usage(what).hint(hint));
+    }
+    Ok(())
 }
 
 fn socket_dir(args: &Serve) -> Result<PathBuf, Failure> {
@@ -236,9 +257,8 @@ fn serve_pool(
     server: &Server,
     output: Output,
 ) -> Result<usize, Failure> {
-    let stem = owned.path.file_stem().unwrap_or_default().to_string_lossy();
     let prefix = if has_prefix {
-        format!("{stem}.")
+        format!("{}.", stem(&owned.path))
     } else {
         String::new()
     };
