@@ -18,9 +18,6 @@ use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
 
 use super::mapping::Mapping;
 
-/// Bytes of a host page; mappings start at a multiple of it in their file.
-const PAGE: u64 = 4096;
-
 /// Most buffers one vectored call may carry (`IOV_MAX`, uio(7)).
 pub const IOV_MAX: usize = 1024;
 
@@ -53,9 +50,7 @@ impl Region {
         if len == 0 || gpa.checked_add(len).is_none() || hva.checked_add(len).is_none() {
             return Err(invalid("region is empty or overflows the address space"));
         }
-        let start = offset & !(PAGE - 1);
-        let lead = usize::try_from(offset - start).map_err(io::Error::other)?;
-        let map = Mapping::new(file, start, end)?;
+        let (map, lead) = Mapping::new(file, offset, end)?;
         Ok(Self {
             gpa,
             len,

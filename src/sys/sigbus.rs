@@ -253,6 +253,20 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_a_huge_page_is_replaced_with_the_rest_of_it() {
+        // Needs no huge page of the system: none is ever touched while it is there.
+        let huge = memfd_create("huge", MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB);
+        let file = File::from(huge.expect("memfd"));
+        file.set_len(4 << 20).expect("set_len");
+        let shared = file.try_clone().expect("dup");
+        let region = Region::map(shared, 0, LEN, 0, (2 << 20) + LEN / 2).expect("mapped");
+        let memory = GuestMemory::new(vec![region]).expect("memory");
+        file.set_len(0).expect("truncate");
+        assert_eq!(byte(&memory, LEN - 1), 0);
+        assert!(memory.is_lost());
+    }
+
+    #[test]
     fn threads_may_find_the_loss_together() {
         for _ in 0..50 {
             let file = memfd(MFdFlags::empty());
