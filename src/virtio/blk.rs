@@ -299,6 +299,10 @@ impl Request {
         let last = chain.writable.last_mut().expect("writable is not empty");
         self.status = last.cut(last.len() - 1, 1);
         *last = last.cut(0, last.len() - 1);
+        if last.len() == 0 {
+            // A buffer of its own, as drivers have it: no part of the data, aligned or not.
+            chain.writable.pop();
+        }
         self.used_len = u32::try_from(writable).unwrap_or(u32::MAX);
         self.op = op_of(kind);
         self.data.clear();
@@ -435,4 +439,44 @@ fn parse_range(raw: [u8; 16], op: Op, size: u64) -> Result<Range, Status> {
         len,
         may_unmap: flags & abi::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::sys::mmap::Region;
+
+    #[test]
+    fn a_status_of_its_own_leaves_nothing_in_the_data() {
+        let file = File::from(memfd_create("guest", MFdFlags::empty()).expect("memfd"));
+        file.set_len(1 << 16).expect("set_len");
+        let region = Region::map(file, 0, 1 << 16, 0, 0).expect("mapped");
+        let memory = GuestMemory::new(vec![region]).expect("memory");
+        let run = |at, len| memory.contiguous(at, len).expect("in memory");
+        let mut request = Request::default();
+        let mut chain = Chain {
+            head: 0,
+            readable: vec![run(0, 16)],
+            writable: vec![run(4096, 4096), run(17, 1)],
+        };
+        let parsed = request.parse(&memory, &mut chain, 1 << 20);
+        assert_eq!(parsed, Ok(Ok(())));
+        assert_eq!((request.op, request.len), (Op::In, 4096));
+        assert!(
+            memory.is_aligned(&request.data, 4096),
+            "no bounce buffer is needed"
+        );
+        // And one that is the end of the data's last buffer.
+        let mut chain = Chain {
+            head: 0,
+            readable: vec![run(0, 16)],
+            writable: vec![run(4096, 513)],
+        };
+        assert_eq!(request.parse(&memory, &mut chain, 1 << 20), Ok(Ok(())));
+        assert_eq!((request.len, request.data.len()), (512, 1));
+    }
 }
