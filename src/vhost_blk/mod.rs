@@ -148,6 +148,7 @@ impl Server {
             .map(|shard| WorkerHandle::start(shard, options))
             .collect();
         let workers = Arc::new(handles?);
+        let helpers = Arc::new(Helpers::start()?);
         let reception = Arc::new(Reception::new()?);
         let (accepting, theirs) = (Arc::clone(&reception), Arc::clone(&workers));
         let assign: Assign = Arc::new(move |offset, queues| {
@@ -158,6 +159,7 @@ impl Server {
                 Arc::clone(&workers[place % workers.len()].mailbox)
             })
         });
+        // Last: it ends when the server that is returned says so.
         let acceptor = spawn_named("vblk-accept", move || {
             accepting
                 .run(&assign)
@@ -165,7 +167,7 @@ impl Server {
         })?;
         Ok(Self {
             workers,
-            helpers: Arc::new(Helpers::start()?),
+            helpers,
             reception,
             acceptor: Some(acceptor),
             ports: Mutex::new(Ports::default()),

@@ -43,9 +43,6 @@ pub enum QueueFault {
         /// Where we are.
         next: u16,
     },
-    /// More requests at once than the queue holds.
-    #[error("more requests in flight than the queue has entries")]
-    Overcommitted,
     /// A descriptor index beyond its table.
     #[error("descriptor {0} is outside its table")]
     DescIndex(u16),
