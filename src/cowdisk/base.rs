@@ -4,7 +4,7 @@
 use super::error::DiskError;
 use crate::format::catalogue::{BaseFormat, BaseRef};
 use crate::format::units::{SECTOR, bytes_of, len_of};
-use crate::storage::{Access, Caching, FileStorage, Storage};
+use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{Arc, Mutex, Weak};
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
@@ -98,8 +98,8 @@ impl Base {
         if let Some(base) = shared {
             return Ok(base);
         }
-        let file = FileStorage::open_with(path, Access::ReadOnly, Caching::Buffered)
-            .map_err(|e| fault(e.to_string()))?;
+        let file =
+            FileStorage::open_image(path, Access::ReadOnly).map_err(|e| fault(e.to_string()))?;
         let (qcow2, len) = match reference.format {
             BaseFormat::Raw => {
                 let len = file.len().map_err(|e| fault(e.to_string()))?;

@@ -15,7 +15,7 @@ use crate::format::catalogue::{BaseFormat, BaseRef, Row};
 use crate::format::units::{Lcn, SECTOR, bytes_of, len_of};
 use crate::pool::catalogue::Item;
 use crate::pool::{Pool, PoolError};
-use crate::storage::{Access, AlignedBuf, Caching, FileStorage, Storage};
+use crate::storage::{Access, AlignedBuf, FileStorage, Storage};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use std::path::Path;
@@ -45,7 +45,7 @@ pub fn commit_to_base(
     };
     let path = Path::new(&reference.path);
     // Locked against everybody: nobody can open the disk either until this is over.
-    let file = FileStorage::open_with(path, Access::ReadWrite, Caching::Buffered);
+    let file = FileStorage::open_image(path, Access::ReadWrite);
     let file = file.map_err(|e| fault(e.to_string()))?;
     check_identity(path, reference, may_differ)?;
     let disk = without_base(pool, &item);

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use super::open::{Access, Caching, OpenError, at, choose_tier, lock};
+use super::open::{Access, Caching, Locking, OpenError, at, choose_tier, lock};
 use super::{AlignedBuf, BLOCK, Storage, Tier};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -75,7 +75,7 @@ impl FileStorage {
         }
         let io = |doing| at(path, doing);
         let file = sys::open(path, sys::Mode::CreateNew).map_err(io("create"))?;
-        let made = lock(&file, path, Access::ReadWrite)
+        let made = lock(&file, path, Access::ReadWrite, Locking::Whole)
             .and_then(|()| file.set_len(len).map_err(io("set the length")))
             .and_then(|()| file.sync_all().map_err(io("sync")))
             .and_then(|()| sys::sync_parent(path).map_err(io("sync the directory of")))
@@ -104,7 +104,26 @@ impl FileStorage {
         access: Access,
         caching: Caching,
     ) -> Result<Self, OpenError> {
-        let path = path.as_ref();
+        Self::open_as(path.as_ref(), access, caching, Locking::Whole)
+    }
+
+    /// Opens a disk image that other programs may know, through the page cache. Readers share it
+    /// with those of QEMU and its tools; whoever writes has it alone.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open`].
+    pub fn open_image(path: impl AsRef<Path>, access: Access) -> Result<Self, OpenError> {
+        Self::open_as(path.as_ref(), access, Caching::Buffered, Locking::Image)
+    }
+
+    /// # Errors
+    /// As [`FileStorage::open`].
+    fn open_as(
+        path: &Path,
+        access: Access,
+        caching: Caching,
+        locking: Locking,
+    ) -> Result<Self, OpenError> {
         // Looked at before opening: opening a pipe would wait for its other end.
         if sys::kind_of(path).map_err(at(path, "open"))? == sys::Kind::Other {
             let path = path.to_owned();
@@ -122,7 +141,7 @@ impl FileStorage {
             }
             at(path, "open")(source)
         })?;
-        lock(&file, path, access)?;
+        lock(&file, path, access, locking)?;
         Self::from_locked(file, path, access, caching)
     }
 

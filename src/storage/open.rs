@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{AlignedBuf, BLOCK, Tier};
+use crate::sys::lock::{self, ImageUse, lock_holder};
 use crate::sys::{clock, file as sys};
 
 /// What the opener may do, and so which lock it takes.
@@ -25,6 +26,16 @@ pub enum Caching {
     Auto,
     /// Through the page cache always: for files that several processes read, such as shared bases.
     Buffered,
+}
+
+/// What of a file is locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Locking {
+    /// The file is of our own kind: all of it.
+    Whole,
+    /// A disk image, which other programs use too: the bytes that QEMU locks
+    /// ([`crate::sys::lock`]).
+    Image,
 }
 
 /// Why a file could not be opened or made.
@@ -109,19 +120,53 @@ const ORPHANED_LOCK_LOOK: Duration = Duration::from_millis(5);
 ///
 /// # Errors
 /// [`OpenError::Locked`] if someone holds one that conflicts.
-pub(super) fn lock(file: &File, path: &Path, access: Access) -> Result<(), OpenError> {
-    let is_exclusive = access == Access::ReadWrite;
+pub(super) fn lock(
+    file: &File,
+    path: &Path,
+    access: Access,
+    locking: Locking,
+) -> Result<(), OpenError> {
     let end = clock::now() + ORPHANED_LOCK_MAX;
     loop {
-        if sys::try_lock(file, is_exclusive).map_err(at(path, "lock"))? {
-            return Ok(());
-        }
-        let pid = sys::lock_holder(file);
+        let byte = match try_lock(file, access, locking).map_err(at(path, "lock"))? {
+            Ok(()) => return Ok(()),
+            Err(Conflict { byte }) => byte,
+        };
+        let pid = lock_holder(file, byte);
         if pid.is_some() || clock::now() >= end {
             let path = path.to_owned();
             return Err(OpenError::Locked { path, pid });
         }
         std::thread::sleep(ORPHANED_LOCK_LOOK);
+    }
+}
+
+/// Somebody is in the way.
+struct Conflict {
+    /// The byte, where it matters.
+    byte: Option<u64>,
+}
+
+fn try_lock(file: &File, access: Access, locking: Locking) -> io::Result<Result<(), Conflict>> {
+    let is_writer = access == Access::ReadWrite;
+    match locking {
+        Locking::Whole => {
+            let is_locked = lock::try_lock(file, is_writer)?;
+            Ok(if is_locked {
+                Ok(())
+            } else {
+                Err(Conflict { byte: None })
+            })
+        }
+        Locking::Image => {
+            let image_use = if is_writer {
+                ImageUse::Write
+            } else {
+                ImageUse::Read
+            };
+            let byte = lock::try_lock_image(file, image_use)?;
+            Ok(byte.map_or(Ok(()), |byte| Err(Conflict { byte: Some(byte) })))
+        }
     }
 }
 

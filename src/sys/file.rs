@@ -341,56 +341,6 @@ pub fn allocated_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
 
-/// Takes a lock on the whole file for this open file description (`F_OFD_SETLK`, fcntl(2)):
-/// exclusive or shared, without waiting. It goes when the last descriptor of this open is closed,
-/// however the process ends. False if another open holds a lock that conflicts.
-///
-/// # Errors
-/// As fcntl(2).
-pub fn try_lock(file: &File, is_exclusive: bool) -> io::Result<bool> {
-    let kind = if is_exclusive {
-        libc::F_WRLCK
-    } else {
-        libc::F_RDLCK
-    };
-    let lock = libc::flock {
-        l_type: i16::try_from(kind).expect("lock types are small constants"),
-        l_whence: i16::try_from(libc::SEEK_SET).expect("SEEK_SET is 0"),
-        l_start: 0,
-        l_len: 0, // to the end, however far that moves
-        l_pid: 0, // must be 0 for these locks
-    };
-    match fcntl::fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_zero) => Ok(true),
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
-/// The process that holds a lock on the same file as `file`, as far as /proc shows it to us: locks
-/// of this kind belong to no process, but the descriptors that carry them do (proc_pid_fdinfo(5)).
-#[must_use]
-pub fn lock_holder(file: &File) -> Option<u32> {
-    let stat = file.metadata().ok()?;
-    let (major, minor) = (libc::major(stat.dev()), libc::minor(stat.dev()));
-    let lock = format!(" {major:02x}:{minor:02x}:{} ", stat.ino());
-    let pids = fs::read_dir("/proc").ok()?.flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    for pid in pids {
-        let Ok(infos) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
-            continue; // gone, or not ours to look at
-        };
-        for info in infos.flatten() {
-            let text = fs::read_to_string(info.path()).unwrap_or_default();
-            let mut locks = text.lines().filter(|line| line.starts_with("lock:"));
-            if locks.any(|line| line.contains(&lock)) {
-                return Some(pid);
-            }
-        }
-    }
-    None
-}
-
 /// `_IOR(0x12, 114, size_t)` of linux/fs.h: length in bytes.
 const BLKGETSIZE64: libc::Ioctl = nix::request_code_read!(0x12, 114, size_of::<usize>());
 /// `_IO(0x12, 104)`: logical block size.

@@ -4,7 +4,8 @@
 //! - [`buffer`]: page-aligned buffers for direct I/O.
 //! - [`clock`]: the monotonic clock and the time of day.
 //! - [`mod@file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
-//!   durable writes, holes, open-file-description locks.
+//!   durable writes, holes.
+//! - [`lock`]: open-file-description locks, on whole files and on QEMU's permission bytes.
 //! - [`fd`]: eventfds, our own and those that come over a socket; the limit of descriptors.
 //! - [`memory`]: large tables in huge pages.
 //! - [`mmap`]: guest memory shared by a vhost-user front end.
@@ -15,6 +16,7 @@ pub mod buffer;
 pub mod clock;
 pub mod fd;
 pub mod file;
+pub mod lock;
 mod mapping;
 pub mod memory;
 pub mod mmap;
