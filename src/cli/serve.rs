@@ -10,9 +10,9 @@ use crate::pool::reclaim::Background;
 use crate::pool::{Pool, Return};
 use crate::sync::Arc;
 use crate::sys::fd;
+use crate::sys::signal::Endings;
 use crate::vhost_blk::{QUEUES_MAX, ServeError, Server, ServerOptions, WORKERS_MAX};
 use clap::{Args, ValueEnum};
-use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use std::borrow::Cow;
 use std::io;
@@ -36,7 +36,7 @@ Examples:
   cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/tidepool/vm1.sock ...
 
 Each disk has a socket, DISK.sock, each snapshot a read-only one, DISK@SNAPSHOT.sock. With several
-pools their names go before: vms.vm1.sock. Ctrl-C or SIGTERM finishes what guests have begun and
+pools their names go before: vms.vm1.sock. Ctrl-C, SIGTERM or SIGHUP finishes what guests have begun and
 closes the pools; a second one ends at once.";
 
 /// `tidepool serve`
@@ -108,15 +108,15 @@ struct Owned {
 pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
     check_stems(&args.pools)?;
     // Before any thread is made, so that none of them takes the signals.
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-    let blocked = signals.thread_block();
-    blocked.map_err(|e| Failure::new("io", "signals", format!("cannot block them: {e}")))?;
+    let signals = Endings::hold();
+    let signals =
+        signals.map_err(|e| Failure::new("io", "signals", format!("cannot hold them: {e}")))?;
     // Each client takes some for itself, its memory and its queues. If it fails there are fewer.
     let _descriptors = fd::raise_limit();
     let sockets = socket_dir(args)?;
     let mut pools = Vec::new();
     let result = open_all(args, &sockets, &mut pools)
-        .and_then(|()| run(args, &sockets, &pools, &signals, output));
+        .and_then(|()| run(args, &sockets, &pools, signals, output));
     let mut closed = Ok(());
     for owned in pools {
         drop(owned.background);
@@ -205,7 +205,7 @@ fn run(
     args: &Serve,
     sockets: &Path,
     pools: &[Owned],
-    signals: &SigSet,
+    signals: Endings,
     output: Output,
 ) -> Result<Reply, Failure> {
     let mut options = ServerOptions {
@@ -238,12 +238,8 @@ fn run(
         "ready",
     );
     let waited = signals.wait();
-    // From here on a second signal has its usual effect, which is to end the process at once.
-    let unblocked = signals.thread_unblock();
     let stop = server.shutdown();
-    for result in [waited.map(drop), unblocked] {
-        result.map_err(|e| Failure::new("io", "signals", format!("cannot wait for them: {e}")))?;
-    }
+    waited.map_err(|e| Failure::new("io", "signals", format!("cannot wait for them: {e}")))?;
     stop.map_err(|e| failed_to_serve(&e))?;
     Ok(Reply::new(json!({ "event": "stopped" }), "stopped\n"))
 }

@@ -9,6 +9,7 @@
 //! - [`fd`]: eventfds, our own and those that come over a socket; the limit of descriptors.
 //! - [`memory`]: large tables in huge pages.
 //! - [`mmap`]: guest memory shared by a vhost-user front end.
+//! - [`signal`]: being told to end.
 //! - [`sigbus`]: surviving guest memory that is taken away.
 //! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
 
@@ -21,4 +22,5 @@ mod mapping;
 pub mod memory;
 pub mod mmap;
 pub mod sigbus;
+pub mod signal;
 pub mod uring;

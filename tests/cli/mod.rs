@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -89,6 +89,13 @@ impl Shell {
         assert_eq!(outcome.stderr, "", "{args:?}: nothing but JSON");
         assert_eq!(outcome.stdout.lines().count(), 1, "{args:?}");
         serde_json::from_str(&outcome.stdout).expect("JSON")
+    }
+
+    /// Starts a command; what it prints to standard error is kept.
+    pub(crate) fn start(&self, args: &[&str]) -> Child {
+        let mut command = self.command(args);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().expect("starts")
     }
 
     /// Exit status of a command whose reader closes the pipe at once.
@@ -198,15 +205,25 @@ impl Server {
         names.collect()
     }
 
+    /// How it ended, once it has.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.child.wait().expect("ends")
+    }
+
     /// Ends it as a user would; its exit status.
     pub(crate) fn stop(&mut self) -> Option<i32> {
-        let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a pid"));
-        kill(pid, Signal::SIGTERM).expect("it runs");
+        send(self.pid(), Signal::SIGTERM);
         let mut rest = String::new();
         self.lines.read_to_string(&mut rest).expect("reads");
         assert_eq!(rest.trim(), r#"{"event":"stopped"}"#);
         self.child.wait().expect("ends").code()
     }
+}
+
+/// Sends a signal to a process that runs.
+pub(crate) fn send(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
+    kill(pid, signal).expect("it runs");
 }
 
 impl Drop for Server {
