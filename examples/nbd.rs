@@ -97,6 +97,7 @@ fn errno(error: &DiskError) -> u32 {
         | DiskErrorKind::Base
         | DiskErrorKind::Io
         | DiskErrorKind::Poisoned
+        | DiskErrorKind::Interrupted
         | DiskErrorKind::Damaged => 5,
     }
 }

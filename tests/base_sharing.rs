@@ -177,7 +177,7 @@ fn a_base_that_qemu_writes_is_refused_and_one_that_it_reads_is_not() {
         return;
     };
     let base = bench.base("raw");
-    let commit = || cowdisk::commit_to_base(&bench.pool, "raw", false, &mut |_, _| {});
+    let commit = || cowdisk::commit_to_base(&bench.pool, "raw", false, &mut |_, _| Ok(()));
 
     let writer = Holder::open(&base, &[]);
     let refused = Disk::open(&bench.pool, "raw")

@@ -62,3 +62,71 @@ fn a_server_ends_with_its_terminal_unless_it_was_told_not_to() {
     drop(client);
     assert_eq!(server.stop(), Some(0));
 }
+
+/// A pool `big` of 1 GiB and an image of 256 MiB without a hole.
+fn large() -> (Shell, String) {
+    let shell = Shell::new();
+    shell.ok(&["pool", "create", "big", "--size", "1G"]);
+    let image = shell.image("image.raw", 256 << 20, 0);
+    (shell, image)
+}
+
+/// Waits until the file has taken 8 MiB.
+fn wait_for_bytes(shell: &Shell, file: &str) {
+    let path = shell.path(file);
+    while fs::metadata(&path).map_or(0, |file| file.blocks()) < 8 << 11 {
+        std::thread::yield_now();
+    }
+}
+
+/// What it said, and the signal that it ended by.
+fn end(mut child: Child, signal: Signal) -> (String, Option<i32>) {
+    send(child.id(), signal);
+    let status = child.wait().expect("ends");
+    let mut said = String::new();
+    let mut stderr = child.stderr.take().expect("piped");
+    stderr.read_to_string(&mut said).expect("UTF-8");
+    (said, status.signal())
+}
+
+#[test]
+fn an_interrupted_copy_leaves_nothing_behind() {
+    let (shell, image) = large();
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let child = shell.start(&["disk", "import", &image, "big:a"]);
+        wait_for_bytes(&shell, "big");
+        let (said, ended_by) = end(child, signal);
+        // By the signal, so that a shell leaves the loop that it was in.
+        assert_eq!(ended_by, Some(signal as i32), "{said}");
+        assert!(said.contains("big:a: interrupted"), "{said}");
+        assert_eq!(shell.json(&["disk", "ls", "big"])["disks"], json!([]));
+        assert_eq!(shell.json(&["pool", "info", "big"])["is_clean"], true);
+        shell.ok(&["pool", "trim", "big"]);
+    }
+    shell.ok(&["disk", "import", &image, "big:a"]);
+    let child = shell.start(&["disk", "export", "big:a", "out.raw"]);
+    wait_for_bytes(&shell, "out.raw.partial");
+    let (said, ended_by) = end(child, Signal::SIGINT);
+    assert_eq!(ended_by, Some(libc::SIGINT), "{said}");
+    assert!(!shell.path("out.raw.partial").exists() && !shell.path("out.raw").exists());
+    shell.ok(&["disk", "export", "big:a", "out.raw"]);
+}
+
+#[test]
+fn a_killed_import_says_how_to_go_on() {
+    let (shell, image) = large();
+    let child = shell.start(&["disk", "import", &image, "big:a"]);
+    wait_for_bytes(&shell, "big");
+    assert_eq!(end(child, Signal::SIGKILL).1, Some(libc::SIGKILL));
+    // The disk is made durable with the first data at the latest, or not at all.
+    let left = shell.json(&["disk", "ls", "big"])["disks"].clone();
+    if left != json!([]) {
+        assert_eq!(left[0]["name"], "a.partial");
+        let refused = shell.run(&["disk", "import", &image, "big:a"]);
+        assert_eq!(refused.code, 1);
+        let remedy = "disk rm big:a.partial";
+        assert!(refused.stderr.contains(remedy), "{refused:?}");
+        shell.ok(&["disk", "rm", "big:a.partial"]);
+    }
+    shell.ok(&["disk", "import", &image, "big:a"]);
+}

@@ -172,7 +172,10 @@ fn check_copies(pool: &Arc<Pool>, dir: &Path, name: &str, flat: &[u8]) {
     ];
     for mut sink in sinks {
         let mut last = 0;
-        let written = cowdisk::export(&disk, &mut *sink, &mut |done, _| last = done);
+        let written = cowdisk::export(&disk, &mut *sink, &mut |done, _| {
+            last = done;
+            Ok(())
+        });
         assert!(written.expect("exports") <= size);
         assert_eq!(last, size, "progress comes to its end");
     }
@@ -185,7 +188,7 @@ fn check_copies(pool: &Arc<Pool>, dir: &Path, name: &str, flat: &[u8]) {
         let image = Base::examine(path, format).and_then(|base| Base::open(&base));
         let image = image.expect("opens");
         let copy = common::disk(pool, "copy", size);
-        cowdisk::import(&image, &copy, &mut |_, _| {}).expect("imports");
+        cowdisk::import(&image, &copy, &mut |_, _| Ok(())).expect("imports");
         assert!(contents(&copy) == flat, "{format:?} copy of {name}");
         drop(copy);
         cowdisk::remove(pool, "copy", false).expect("nothing depends on it");
@@ -199,6 +202,7 @@ fn check_flatten(random: &mut Random, pool: &Arc<Pool>, name: &str, flat: &mut [
         if done < total {
             change(random, &disk, flat);
         }
+        Ok(())
     });
     result.expect("flattens");
     assert!(pool.find(name).expect("is there").row.base.is_none());
@@ -214,7 +218,7 @@ fn check_flatten(random: &mut Random, pool: &Arc<Pool>, name: &str, flat: &mut [
 
 /// Commits `name`, the only disk left over the base, into it.
 fn check_commit(pool: &Arc<Pool>, base: &Path, bytes: &[u8], name: &str, flat: &[u8]) {
-    let refused = cowdisk::commit_to_base(pool, name, false, &mut |_, _| {});
+    let refused = cowdisk::commit_to_base(pool, name, false, &mut |_, _| Ok(()));
     let refused = refused.expect_err("others have the same base").to_string();
     assert!(refused.contains("is the base of"), "{refused}");
     let others = pool.items().into_iter().map(|item| item.row.name);
@@ -222,9 +226,9 @@ fn check_commit(pool: &Arc<Pool>, base: &Path, bytes: &[u8], name: &str, flat: &
         cowdisk::remove(pool, &other, true).expect("nothing depends on it");
     }
     let open = Disk::open(pool, name).expect("opens");
-    cowdisk::commit_to_base(pool, name, false, &mut |_, _| {}).expect_err("in use");
+    cowdisk::commit_to_base(pool, name, false, &mut |_, _| Ok(())).expect_err("in use");
     drop(open);
-    cowdisk::commit_to_base(pool, name, false, &mut |_, _| {}).expect("commits");
+    cowdisk::commit_to_base(pool, name, false, &mut |_, _| Ok(())).expect("commits");
     let mut expected = bytes.to_owned();
     expected.resize(flat.len().max(bytes.len()), 0);
     expected[..flat.len()].copy_from_slice(flat);
@@ -248,8 +252,8 @@ fn check_commit(pool: &Arc<Pool>, base: &Path, bytes: &[u8], name: &str, flat: &
         std::fs::write(base, &expected).expect("writes");
     }
     Disk::open(pool, name).expect_err("the base has changed");
-    cowdisk::commit_to_base(pool, name, false, &mut |_, _| {}).expect_err("it has changed");
-    cowdisk::commit_to_base(pool, name, true, &mut |_, _| {}).expect("finishes");
+    cowdisk::commit_to_base(pool, name, false, &mut |_, _| Ok(())).expect_err("it has changed");
+    cowdisk::commit_to_base(pool, name, true, &mut |_, _| Ok(())).expect("finishes");
     assert!(contents(&Disk::open(pool, name).expect("opens")) == flat);
 }
 

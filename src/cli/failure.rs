@@ -3,6 +3,7 @@
 use crate::cowdisk::{DiskError, DiskErrorKind};
 use crate::pool::{PoolError, PoolErrorKind};
 use crate::storage::OpenError;
+use nix::sys::signal::Signal;
 use std::fmt::Display;
 use std::io;
 use std::path::Path;
@@ -19,6 +20,8 @@ pub(super) struct Failure {
     pub what: String,
     /// What to do next, where the rest does not say.
     pub hint: Option<String>,
+    /// The signal that caused it, and is yet to end the process.
+    pub signal: Option<Signal>,
 }
 
 impl Failure {
@@ -30,6 +33,7 @@ impl Failure {
             object: object.to_string(),
             what: what.to_string(),
             hint: None,
+            signal: None,
         }
     }
 
@@ -61,6 +65,7 @@ impl Failure {
             (DiskErrorKind::Poisoned, _) => "frozen",
             (DiskErrorKind::Request, _) => "invalid",
             (DiskErrorKind::Damaged, _) => "damaged",
+            (DiskErrorKind::Interrupted, _) => "interrupted",
         };
         let failure = Self::new(kind, object, error);
         match error {
@@ -74,6 +79,7 @@ impl Failure {
             | DiskError::LimitReached { .. }
             | DiskError::Base { .. }
             | DiskError::Io { .. }
+            | DiskError::Interrupted
             | DiskError::Pool(_) => failure,
         }
     }

@@ -13,12 +13,14 @@ mod args;
 mod disk;
 mod failure;
 mod human;
+mod interrupt;
 mod open;
 mod output;
 mod pool;
 mod progress;
 mod serve;
 
+use crate::sys::signal;
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
 use output::{Format, Output, Reply};
@@ -102,6 +104,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         },
         Err(failure) => {
             output.failure(&failure);
+            if let Some(signal) = failure.signal {
+                signal::end_by(signal);
+            }
             match failure.kind {
                 "usage" => ExitCode::from(USAGE),
                 _ => ExitCode::FAILURE,

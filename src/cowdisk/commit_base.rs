@@ -159,11 +159,11 @@ fn write_out(
                     file.write_at(part, from).map_err(writing())?;
                 }
                 from += len;
-                progress(from, row.size);
+                progress(from, row.size)?;
             }
         }
         at = end;
-        progress(at, row.size);
+        progress(at, row.size)?;
     }
     Ok(written)
 }

@@ -57,6 +57,9 @@ pub enum DiskError {
         /// What the store said.
         source: io::Error,
     },
+    /// Long work was told to stop ([`Interrupted`]).
+    #[error("interrupted")]
+    Interrupted,
     /// The pool refused.
     #[error(transparent)]
     Pool(PoolError),
@@ -85,6 +88,18 @@ pub enum DiskErrorKind {
     Request,
     /// Repair the pool.
     Damaged,
+    /// Begin again, some time.
+    Interrupted,
+}
+
+/// Whoever is told of the progress of long work wants it to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interrupted;
+
+impl From<Interrupted> for DiskError {
+    fn from(_: Interrupted) -> Self {
+        DiskError::Interrupted
+    }
 }
 
 impl From<PoolError> for DiskError {
@@ -110,6 +125,7 @@ impl DiskError {
             DiskError::LimitReached { .. } => DiskErrorKind::LimitReached,
             DiskError::Base { .. } => DiskErrorKind::Base,
             DiskError::Io { .. } => DiskErrorKind::Io,
+            DiskError::Interrupted => DiskErrorKind::Interrupted,
             DiskError::Pool(PoolError::Poisoned { .. } | PoolError::Closed) => {
                 DiskErrorKind::Poisoned
             }

@@ -52,7 +52,7 @@ pub fn flatten(pool: &Arc<Pool>, name: &str, progress: Progress<'_>) -> Result<u
             let len = (total - at).min(PART_LEN);
             copied += disk.pull_part(base, at, &mut buf[..len_of(len)])?;
             at += len;
-            progress(at, total);
+            progress(at, total)?;
         }
     }
     // Everything copied is durable before the base goes.
@@ -73,7 +73,8 @@ pub fn flatten(pool: &Arc<Pool>, name: &str, progress: Progress<'_>) -> Result<u
         now.volume.map.write().base_len = 0;
         put_row(transaction, &now, row)
     })?;
-    progress(total, total);
+    // Done is done: it is too late to stop.
+    let _told = progress(total, total);
     Ok(copied)
 }
 

@@ -60,7 +60,7 @@ pub use commit_base::commit_to_base;
 pub use copy::CopyJob;
 pub use diff::{Comparison, diff};
 pub use disk::Disk;
-pub use error::{DiskError, DiskErrorKind};
+pub use error::{DiskError, DiskErrorKind, Interrupted};
 pub use extents::{Extent, ExtentKind};
 pub use flatten::flatten;
 pub use fork::{commit, fork, rollback, snapshot};

@@ -3,7 +3,7 @@
 
 use super::base::Base;
 use super::disk::Disk;
-use super::error::DiskError;
+use super::error::{DiskError, Interrupted};
 use super::extents::{ExtentKind, data_runs};
 use crate::format::units::{bytes_of, len_of};
 use crate::storage::{AlignedBuf, Caching, FileStorage, OpenError, Storage};
@@ -21,8 +21,9 @@ const PART_LEN_MAX: u64 = 1 << 20;
 /// Blocks of an exported disk that are looked at for zeros, bytes: what file systems allocate.
 const EXPORT_BLOCK: u32 = 4096;
 
-/// Told how far a copy has come: bytes done, and bytes in all.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+/// Told how far long work has come: bytes done, and bytes in all. May stop it, which then fails with
+/// [`DiskError::Interrupted`].
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<(), Interrupted>;
 
 /// Copies the image `from` into `disk`, which is empty and at least as large, and flushes it.
 /// Returns the bytes of data written.
@@ -49,11 +50,11 @@ pub fn import(from: &Base, disk: &Disk, progress: Progress<'_>) -> Result<u64, D
                 written += bytes_of(run.len());
             }
             at += len;
-            progress(at, total);
+            progress(at, total)?;
         }
     }
     disk.pool().flush()?;
-    progress(total, total);
+    progress(total, total)?;
     Ok(written)
 }
 
@@ -118,7 +119,7 @@ pub fn export(disk: &Disk, sink: &mut dyn Sink, progress: Progress<'_>) -> Resul
             }
         }
         at = part_end;
-        progress(at, total);
+        progress(at, total)?;
     }
     sink.finish(total)
         .map_err(DiskError::io("finishing the copy"))?;
@@ -145,7 +146,7 @@ fn export_range(
             written += bytes_of(run.len());
         }
         at = end.min(next);
-        progress(at, total);
+        progress(at, total)?;
     }
     Ok(written)
 }

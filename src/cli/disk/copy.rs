@@ -4,19 +4,76 @@ use super::change::{guess_format, with_pool};
 use super::{Commit, Export, Flatten, ImageFormat, Import};
 use crate::cli::args::ItemRef;
 use crate::cli::failure::Failure;
+use crate::cli::interrupt::Interrupt;
 use crate::cli::output::{Output, Reply};
 use crate::cli::progress::Progress;
 use crate::cli::{human, open};
-use crate::cowdisk::{self, Base, Disk, DiskError, NewDisk, Qcow2Sink, RawSink, Sink, StreamSink};
-use crate::format::catalogue::{RowKind, check_name};
-use crate::pool::Pool;
+use crate::cowdisk::{
+    self, Base, Disk, DiskError, Interrupted, NewDisk, Qcow2Sink, RawSink, Sink, StreamSink,
+};
+use crate::format::catalogue::{BaseFormat, RowKind, check_name};
 use crate::pool::catalogue::Catalogue;
 use crate::storage::OpenError;
-use crate::sync::Arc;
 use crate::sys::file;
 use serde_json::json;
 use std::io;
 use std::path::{Path, PathBuf};
+
+/// Long work as its user sees it: how far it has come, and that it can be stopped.
+struct Work {
+    progress: Progress,
+    interrupt: Option<Interrupt>,
+}
+
+impl Work {
+    /// Begins `what`; `is_caught` if a signal is to stop it in good order.
+    fn begin(output: Output, what: &str, is_caught: bool) -> Self {
+        // First: what shows the progress may start a thread.
+        let interrupt = is_caught.then(Interrupt::catch);
+        let progress = Progress::new(output, what);
+        Self {
+            progress,
+            interrupt,
+        }
+    }
+
+    /// `done` of `total` bytes; whether to go on.
+    fn step(&mut self, done: u64, total: u64) -> Result<(), Interrupted> {
+        self.progress.update(done, total);
+        self.interrupt.as_ref().map_or(Ok(()), Interrupt::check)
+    }
+
+    /// It is over; `after` says what an interruption means.
+    fn end<T>(self, result: Result<T, Failure>, after: &str) -> Result<T, Failure> {
+        self.progress.finish();
+        result.map_err(|failure| match self.interrupt {
+            Some(interrupt) if failure.kind == "interrupted" => {
+                interrupt.explain(failure).hint(after)
+            }
+            Some(_) | None => failure,
+        })
+    }
+}
+
+/// What a copy says when it is done.
+fn copied(
+    item: &ItemRef,
+    file: &Path,
+    format: BaseFormat,
+    (size, moved): (u64, u64),
+    done: &str,
+) -> Reply {
+    let json = json!({
+        "pool": item.pool,
+        "name": item.name,
+        "file": file,
+        "format": format,
+        "size_bytes": size,
+        "data_bytes": moved,
+    });
+    let (size, moved) = (human::bytes(size), human::bytes(moved));
+    Reply::new(json, format!("{item}: {size} {done}, {moved} of it data\n"))
+}
 
 pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
     let (file, disk) = (&args.file, &args.disk);
@@ -27,16 +84,14 @@ pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
     // Visible under its name only when it is whole.
     let partial = format!("{}.partial", disk.name);
     check_name(&partial, RowKind::Disk).map_err(Failure::usage)?;
-    let mut progress = Progress::new(output, "importing");
+    let mut work = Work::begin(output, "importing", true);
     let result = with_pool(disk, "import", |pool| {
         pool.with_catalogue(|all| all.check_free(&disk.name))?;
         let image = Base::open(&Base::examine(file, format)?)?;
         let size = image.disk_len();
         cowdisk::create(pool, &NewDisk::empty(&partial, size))?;
         let moved = Disk::open(pool, &partial).and_then(|disk| {
-            cowdisk::import(&image, &disk, &mut |done, total| {
-                progress.update(done, total);
-            })
+            cowdisk::import(&image, &disk, &mut |done, total| work.step(done, total))
         });
         let moved = moved.and_then(|moved| {
             cowdisk::rename(pool, &partial, &disk.name)?;
@@ -48,27 +103,14 @@ pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
         }
         Ok((size, moved?))
     });
-    progress.finish();
-    let (size, moved) = result.map_err(|failure| match failure.kind {
+    let sizes = work.end(result, "nothing of it is left in the pool");
+    let sizes = sizes.map_err(|failure| match failure.kind {
         "exists" if failure.what.contains(&partial) => failure.hint(format!(
-            "an import was interrupted: `tidepool disk rm {disk}.partial` removes what it left"
+            "an import was killed: `tidepool disk rm {disk}.partial` removes what it left"
         )),
         _ => failure,
     })?;
-    let json = json!({
-        "pool": disk.pool,
-        "name": disk.name,
-        "file": file,
-        "format": format,
-        "size_bytes": size,
-        "data_bytes": moved,
-    });
-    let text = format!(
-        "{disk}: {} imported, {} of it data\n",
-        human::bytes(size),
-        human::bytes(moved)
-    );
-    Ok(Reply::new(json, text))
+    Ok(copied(disk, file, format, sizes, "imported"))
 }
 
 pub(super) fn export(args: &Export, output: Output) -> Result<Reply, Failure> {
@@ -82,62 +124,51 @@ pub(super) fn export(args: &Export, output: Output) -> Result<Reply, Failure> {
     if !is_stdout {
         check_target(file, args.force)?;
     }
-    let mut progress = Progress::new(output, "exporting");
-    let mut copy = |pool: &Arc<Pool>| {
+    // A stream leaves nothing behind that would have to be cleaned up.
+    let mut work = Work::begin(output, "exporting", !is_stdout);
+    let result = open::reading(&item.pool, |pool| {
         let disk = Disk::open(pool, &item.name).map_err(|e| Failure::disk(item, &e))?;
-        let mut show = |done, total| progress.update(done, total);
-        let size = disk.size();
-        if is_stdout {
-            let mut sink =
-                StreamSink::new(io::BufWriter::with_capacity(1 << 20, io::stdout().lock()));
-            return match cowdisk::export(&disk, &mut sink, &mut show) {
-                Ok(moved) => Ok((size, moved)),
-                Err(e) => Err(failed(item, file, &e)),
-            };
-        }
-        let partial = with_suffix(file, ".partial");
-        let moved = sink_for(&partial, args.format, size).and_then(|mut sink| {
-            let moved = cowdisk::export(&disk, &mut *sink, &mut show);
-            let moved = moved.map_err(|e| failed(item, file, &e))?;
-            let put = std::fs::rename(&partial, file).and_then(|()| file::sync_parent(file));
-            put.map_err(|e| Failure::io(file, "put the export in place", &e))?;
-            Ok(moved)
-        });
-        if moved
-            .as_ref()
-            .is_err_and(|failure| failure.kind != "exists")
-        {
-            // Made above, and of no use to anyone.
-            drop(std::fs::remove_file(&partial));
-        }
-        Ok((size, moved?))
-    };
-    let result = open::reading(&item.pool, &mut copy);
-    progress.finish();
-    let (size, moved) = result?;
-    let format = if args.format == ImageFormat::Raw {
-        "raw"
-    } else {
-        "qcow2"
-    };
-    let json = json!({
-        "pool": item.pool,
-        "name": item.name,
-        "file": file,
-        "format": format,
-        "size_bytes": size,
-        "data_bytes": moved,
+        let moved = match is_stdout {
+            true => export_to_stdout(&disk, args, &mut work),
+            false => export_to_file(&disk, args, &mut work),
+        };
+        Ok((disk.size(), moved?))
     });
-    let text = format!(
-        "{item}: {} exported to {}, {} of it data\n",
-        human::bytes(size),
-        file.display(),
-        human::bytes(moved)
-    );
-    match is_stdout {
-        true => Ok(Reply::silent()),
-        false => Ok(Reply::new(json, text)),
+    let sizes = work.end(result, "nothing of it is left beside the file")?;
+    if is_stdout {
+        return Ok(Reply::silent());
     }
+    let done = format!("exported to {}", file.display());
+    Ok(copied(item, file, args.format.into(), sizes, &done))
+}
+
+fn export_to_stdout(disk: &Disk, args: &Export, work: &mut Work) -> Result<u64, Failure> {
+    let stdout = io::BufWriter::with_capacity(1 << 20, io::stdout().lock());
+    let mut show = |done, total| work.step(done, total);
+    cowdisk::export(disk, &mut StreamSink::new(stdout), &mut show)
+        .map_err(|e| failed(&args.item, &args.file, &e))
+}
+
+/// Visible under its name only when it is whole.
+fn export_to_file(disk: &Disk, args: &Export, work: &mut Work) -> Result<u64, Failure> {
+    let (item, file) = (&args.item, &args.file);
+    let partial = with_suffix(file, ".partial");
+    let moved = sink_for(&partial, args.format, disk.size()).and_then(|mut sink| {
+        let mut show = |done, total| work.step(done, total);
+        let moved = cowdisk::export(disk, &mut *sink, &mut show);
+        let moved = moved.map_err(|e| failed(item, file, &e))?;
+        let put = std::fs::rename(&partial, file).and_then(|()| file::sync_parent(file));
+        put.map_err(|e| Failure::io(file, "put the export in place", &e))?;
+        Ok(moved)
+    });
+    if moved
+        .as_ref()
+        .is_err_and(|failure| failure.kind != "exists")
+    {
+        // Made above, and of no use to anyone.
+        drop(std::fs::remove_file(&partial));
+    }
+    moved
 }
 
 /// `Err` if `file` must not be written.
@@ -191,23 +222,24 @@ fn failed(item: &ItemRef, file: &Path, error: &DiskError) -> Failure {
         | DiskError::LimitReached { .. }
         | DiskError::Base { .. }
         | DiskError::Io { .. }
+        | DiskError::Interrupted
         | DiskError::Pool(_) => Failure::disk(item, error),
     }
 }
 
 pub(super) fn flatten(args: &Flatten, output: Output) -> Result<Reply, Failure> {
     let disk = &args.disk;
-    let mut progress = Progress::new(output, "flattening");
+    let mut work = Work::begin(output, "flattening", true);
     let result = with_pool(disk, "flatten", |pool| {
         cowdisk::flatten(pool, &disk.name, &mut |done, total| {
-            progress.update(done, total);
+            work.step(done, total)?;
             if let Some(rate) = args.throttle {
-                progress.throttle(rate);
+                work.progress.throttle(rate);
             }
+            Ok(())
         })
     });
-    progress.finish();
-    let moved = result?;
+    let moved = work.end(result, "the same command goes on from there")?;
     let json = json!({ "pool": disk.pool, "name": disk.name, "data_bytes": moved });
     let text = format!(
         "{disk}: independent of its base, which had {} of data\n",
@@ -218,11 +250,11 @@ pub(super) fn flatten(args: &Flatten, output: Output) -> Result<Reply, Failure> 
 
 pub(super) fn commit(args: &Commit, output: Output) -> Result<Reply, Failure> {
     let item = &args.disk;
-    let mut progress = Progress::new(output, "committing");
+    let mut work = Work::begin(output, "committing", true);
     let result = with_pool(item, "commit", |pool| {
         let row = pool.find(&item.name)?.row;
         let Some(parent) = row.parent else {
-            let mut show = |done, total| progress.update(done, total);
+            let mut show = |done, total| work.step(done, total);
             let moved = cowdisk::commit_to_base(pool, &item.name, args.force, &mut show)?;
             let base = row.base.map(|base| base.path).unwrap_or_default();
             return Ok((None, base, moved));
@@ -232,8 +264,8 @@ pub(super) fn commit(args: &Commit, output: Output) -> Result<Reply, Failure> {
         let parent = pool.with_catalogue(name).unwrap_or_default();
         Ok((Some(parent.clone()), parent, 0))
     });
-    progress.finish();
-    let (parent, target, moved) = result?;
+    let after = "the base is half written: the same command with --force finishes it";
+    let (parent, target, moved) = work.end(result, after)?;
     let base = match parent {
         None => Some(&target),
         Some(_) => None,

@@ -1,0 +1,53 @@
+//! Stopping long work when the user says so: the first Ctrl-C stops it where it can be stopped, what
+//! it would leave behind is cleaned up, and the process ends by the signal all the same. A second
+//! one ends it at once.
+
+use super::failure::Failure;
+use crate::cowdisk::Interrupted;
+use crate::sync::atomic::{AtomicI32, Ordering};
+use crate::sync::{Arc, spawn_named};
+use crate::sys::signal::Endings;
+use nix::sys::signal::Signal;
+
+/// See the module.
+pub(super) struct Interrupt {
+    /// The signal that came, or 0.
+    signal: Arc<AtomicI32>,
+}
+
+impl Interrupt {
+    /// From now on the first signal only shows in [`Interrupt::check`]. To be called before any
+    /// thread is made. Where that is not possible signals keep their usual effect.
+    pub(super) fn catch() -> Self {
+        let signal = Arc::new(AtomicI32::new(0));
+        if let Ok(endings) = Endings::hold() {
+            let caught = Arc::clone(&signal);
+            let watch = spawn_named("signals", move || {
+                if let Ok(signal) = endings.wait() {
+                    caught.store(signal as i32, Ordering::SeqCst);
+                }
+            });
+            if watch.is_err() {
+                let _kept = endings.release();
+            }
+        }
+        Self { signal }
+    }
+
+    /// # Errors
+    /// A signal came.
+    pub(super) fn check(&self) -> Result<(), Interrupted> {
+        match self.signal.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(Interrupted),
+        }
+    }
+
+    /// `failure`, if it is an interruption with the signal that was to end us.
+    pub(super) fn explain(&self, mut failure: Failure) -> Failure {
+        if failure.kind == "interrupted" {
+            failure.signal = Signal::try_from(self.signal.load(Ordering::Relaxed)).ok();
+        }
+        failure
+    }
+}
