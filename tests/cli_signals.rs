@@ -61,6 +61,10 @@ fn a_server_ends_with_its_terminal_unless_it_was_told_not_to() {
     client.read_exact(&mut [0; 20]).expect("it answers");
     drop(client);
     assert_eq!(server.stop(), Some(0));
+    // As a script starts what it puts in the background: SIGINT is for whom it is sent to.
+    let mut server = shell.serve_after("trap '' INT", &["p", "--sockets", "run"]);
+    send(server.pid(), Signal::SIGINT);
+    assert_eq!(server.wait().code(), Some(0));
 }
 
 /// A pool `big` of 1 GiB and an image of 256 MiB without a hole.

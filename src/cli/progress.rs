@@ -4,7 +4,8 @@
 use super::human;
 use super::output::{self, Format, Output};
 use crate::sys::clock;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -92,11 +93,30 @@ impl Progress {
 
 fn bar(what: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let template = "{prefix} [{bar:30}] {bytes}/{total_bytes} {binary_bytes_per_sec}, {eta} left";
+    // Whatever the sizes, it fits in 40 columns with something left for the bar: a line that is
+    // longer than the terminal is wide is not drawn over but added to.
+    let template = "{prefix} [{wide_bar}] {percent}%{rate}";
     let style = ProgressStyle::with_template(template).expect("the template is well formed");
+    let style = style.with_key("rate", write_rate);
     bar.set_style(style.progress_chars("=> "));
     bar.set_prefix(what.to_owned());
     bar
+}
+
+/// Rate and time left, once something can be said of them.
+fn write_rate(state: &ProgressState, to: &mut dyn Write) {
+    let rate = rate(state.pos(), state.elapsed());
+    if rate > 0 {
+        let left = HumanDuration(state.eta());
+        let rate = human::bytes(rate);
+        write!(to, " {rate}/s {left:#} left").expect("a string takes everything");
+    }
+}
+
+/// Bytes in a second, on average.
+fn rate(done: u64, spent: Duration) -> u64 {
+    let spent = u64::try_from(spent.as_millis()).unwrap_or(u64::MAX);
+    done.saturating_mul(1000) / spent.max(1)
 }
 
 fn line(what: &str, done: u64, total: u64, spent: Duration) -> String {
@@ -106,7 +126,7 @@ fn line(what: &str, done: u64, total: u64, spent: Duration) -> String {
     format!(
         "{what}: {percent} % of {}, {}/s, {left:.0} s left\n",
         human::bytes(total),
-        human::bytes(done * 1000 / u64::try_from(spent.as_millis()).unwrap_or(u64::MAX).max(1)),
+        human::bytes(self::rate(done, spent)),
     )
 }
 

@@ -133,7 +133,7 @@ impl Catalogue {
                     let (number, place) = leaf_of(*lcn);
                     let leaf = map.tree.leaf(number);
                     // The count of references lies apart from the entries.
-                    all |= leaf.map_or(0, |leaf| Arc::strong_count(leaf));
+                    all |= leaf.map_or(0, Arc::strong_count);
                     all |= leaf.map_or(0, |leaf| index(leaf.entries[place].own));
                 }
             }

@@ -11,10 +11,9 @@ use std::io;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal, raise};
 
-const ENDINGS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
-
-/// The signals that end this process. One that it was started to ignore (nohup, a shell's
-/// background jobs) is not among them.
+/// The signals that end this process. SIGHUP is not among them if it was started to ignore that
+/// (nohup). That a shell starts background jobs to ignore SIGINT is no reason to: whoever sends one
+/// to us means us.
 #[derive(Debug, Clone, Copy)]
 pub struct Endings(SigSet);
 
@@ -24,11 +23,9 @@ impl Endings {
     /// # Errors
     /// As sigaction(2) and pthread_sigmask(3).
     pub fn hold() -> io::Result<Self> {
-        let mut set = SigSet::empty();
-        for signal in ENDINGS {
-            if !is_ignored(signal)? {
-                set.add(signal);
-            }
+        let mut set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        if !is_ignored(Signal::SIGHUP)? {
+            set.add(Signal::SIGHUP);
         }
         set.thread_block()?;
         Ok(Self(set))

@@ -45,7 +45,8 @@ impl Shell {
         self.0.path().join(name)
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    /// A command to be run here; nothing to read.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidepool"));
         command
             .current_dir(self.0.path())
