@@ -191,6 +191,35 @@ fn far_clusters() -> Arc<SimStorage> {
     for leaf in 0..64 {
         records.push(map(leaf * 64, 7));
     }
+    append(&storage, &records);
+    storage
+}
+
+/// Disks of the largest size, with a limit, that are zeros from end to end.
+fn vast_zeros() -> Arc<SimStorage> {
+    let storage = empty(POOL_LEN);
+    drop(disk(&opened(&storage), "first", CLUSTER));
+    let mut records = Vec::new();
+    for id in 100..120 {
+        let row = Row {
+            size: u64::from(u32::MAX) * CLUSTER,
+            limit: Some(1 << 20),
+            ..row(id)
+        };
+        records.push(Record::Row(Box::new(row)));
+        records.push(Record::Unmap {
+            disk: DiskId(id),
+            first: Lcn(0),
+            count: u32::MAX,
+            is_zeroed: true,
+        });
+    }
+    append(&storage, &records);
+    storage
+}
+
+/// Puts `records` behind the last batch of the journal.
+fn append(storage: &SimStorage, records: &[Record]) {
     let mut at = JOURNAL_AT;
     let mut last = None;
     loop {
@@ -204,7 +233,7 @@ fn far_clusters() -> Arc<SimStorage> {
     }
     let last = last.expect("some batch");
     let mut batch = BatchWriter::default();
-    for record in &records {
+    for record in records {
         batch.push(record).expect("short");
     }
     let stamp = Stamp {
@@ -214,7 +243,6 @@ fn far_clusters() -> Arc<SimStorage> {
     };
     let (bytes, _) = batch.seal(stamp);
     storage.write_durable_at(&bytes, at).expect("writes");
-    storage
 }
 
 #[test]
@@ -239,6 +267,7 @@ fn what_says_little_takes_little() {
         ("low nodes of nothing", many(&childless(1)), true),
         ("high nodes of nothing", many(&childless(3)), true),
         ("one node everywhere", nested(), true),
+        ("zeros from end to end", vast_zeros(), true),
         (
             "everything, again and again",
             with_image(&nothing, Some(vec![everything; 2000])),

@@ -599,14 +599,12 @@ fn a_great_many_huge_discards_take_no_time() {
         ..bulk.clone()
     };
     let mut records = vec![Record::Row(Box::new(huge))];
-    for _ in 0..5000 {
-        let first = Lcn(0);
-        let count = u32::MAX - 100;
+    for n in 0..5000 {
         records.push(Record::Unmap {
             disk: bulk.id,
-            first,
-            count,
-            is_zeroed: false,
+            first: Lcn(n % 3),
+            count: u32::MAX - 100,
+            is_zeroed: n % 2 == 0,
         });
     }
     append(&storage, &records);

@@ -5,11 +5,11 @@ use super::counts::Counts;
 use super::error::PoolError;
 use super::image::{self, Loader};
 use super::journal::{Journal, uuid_low};
-use super::map::Leaf;
+use super::map::Zeros;
 use super::volume::Volume;
 use crate::format::image::decode_token;
 use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
-use crate::format::journal::{Entry, Record};
+use crate::format::journal::Record;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
 use crate::format::units::{Cluster, ClusterSize, DiskId, bytes_of, index};
 use crate::storage::{AlignedBuf, Storage};
@@ -33,8 +33,8 @@ pub struct Replay {
     /// Takes no counts of copied nodes: the real ones are derived afterwards, and what replay finds
     /// may be of clusters that are not there.
     pub counts: Counts,
-    /// Shared by all whole leaves of zeros.
-    pub zero_leaf: Arc<Leaf>,
+    /// Shared by all that is zeros.
+    pub zeros: Zeros,
 }
 
 /// The newest intact superblock, and whether the other copy needs rewriting.
@@ -66,19 +66,6 @@ pub fn read_superblock(storage: &dyn Storage) -> Result<(Superblock, bool), Pool
         }
         (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok((one, true)),
         (Err(e), Err(_)) => Err(e.into()),
-    }
-}
-
-/// All sub-clusters of all entries zero.
-#[must_use]
-pub fn zero_leaf() -> Leaf {
-    let zero = Entry {
-        zero: u16::MAX,
-        ..Entry::default()
-    };
-    Leaf {
-        entries: [zero; crate::format::image::LEAF_ENTRIES],
-        dirty: 0,
     }
 }
 
@@ -118,7 +105,7 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
         generation: frozen.generation.0,
         next_disk: frozen.next_disk.0,
         counts: Counts::none(),
-        zero_leaf: Arc::new(zero_leaf()),
+        zeros: Zeros::new(),
     };
     let mut catalogue = Catalogue::default();
     for disk in frozen.disks {

@@ -121,6 +121,34 @@ impl Tree {
         std::mem::replace(&mut low_node.child[low], instead)
     }
 
+    /// Makes leaves from `first` on zeros, or nothing: `most` at most, but as many at once as a node
+    /// has. Returns how many. Only at replay: what was there is forgotten, whatever it refers to.
+    pub fn fill(&mut self, first: u32, most: u32, zeros: Option<&Zeros>) -> u32 {
+        const LOW_LEAVES: u32 = 1 << 9;
+        const MID_LEAVES: u32 = 1 << 18;
+        let [high, mid, low] = path(first);
+        let root = Arc::make_mut(self.root.get_or_insert_default());
+        let mid_place = &mut root.child[high];
+        if first.is_multiple_of(MID_LEAVES) && most >= MID_LEAVES {
+            *mid_place = zeros.map(|zeros| Arc::clone(&zeros.mid));
+            return MID_LEAVES;
+        }
+        if mid_place.is_none() && zeros.is_none() {
+            return most.min(MID_LEAVES - first % MID_LEAVES);
+        }
+        let low_place = &mut Arc::make_mut(mid_place.get_or_insert_default()).child[mid];
+        if first.is_multiple_of(LOW_LEAVES) && most >= LOW_LEAVES {
+            *low_place = zeros.map(|zeros| Arc::clone(&zeros.low));
+            return LOW_LEAVES;
+        }
+        if low_place.is_none() && zeros.is_none() {
+            return most.min(LOW_LEAVES - first % LOW_LEAVES);
+        }
+        let low_node = Arc::make_mut(low_place.get_or_insert_default());
+        low_node.child[low] = zeros.map(|zeros| Arc::clone(&zeros.leaf));
+        1
+    }
+
     /// Number of the first leaf at or after `from` that exists.
     #[must_use]
     pub fn next_leaf(&self, from: u32) -> Option<u32> {
@@ -144,6 +172,40 @@ impl Tree {
                 None => leaf = ((leaf >> 9) + 1).checked_mul(1 << 9)?,
             }
         }
+    }
+}
+
+/// Parts of a map that read as zeros, shared wherever they are: a record of 32 bytes can make all
+/// of the largest disk zeros.
+#[derive(Debug)]
+pub struct Zeros {
+    /// 64 clusters.
+    pub leaf: Arc<Leaf>,
+    low: Arc<Low>,
+    mid: Arc<Mid>,
+}
+
+impl Zeros {
+    /// One of each size.
+    #[must_use]
+    pub fn new() -> Self {
+        let zero = Entry {
+            zero: u16::MAX,
+            ..Entry::default()
+        };
+        let leaf = Arc::new(Leaf {
+            entries: [zero; LEAF_ENTRIES],
+            dirty: 0,
+        });
+        let low = Arc::new(full_of(&leaf));
+        let mid = Arc::new(full_of(&low));
+        Self { leaf, low, mid }
+    }
+}
+
+fn full_of<C>(child: &Arc<C>) -> Inner<C> {
+    Inner {
+        child: std::array::from_fn(|_| Some(Arc::clone(child))),
     }
 }
 

@@ -6,7 +6,7 @@ use super::error::PoolError;
 use super::gate::{ClosedGates, Epochs};
 use super::load::{Loaded, check_len, load, read_superblock};
 use super::space::Space;
-use super::walk::walk_all;
+use super::walk::Seen;
 use super::{Ended, Pool};
 use crate::format::superblock::{
     JOURNAL_AT, JOURNAL_HALF_MAX, JOURNAL_HALF_MIN, JournalStart, OWNER_NOTE_AT, SUPERBLOCK_AT,
@@ -219,7 +219,7 @@ impl Pool {
             listed: Mutex::default(),
             unflushed: AtomicBool::new(false),
             ended: OnceLock::new(),
-            zero_leaf: replay.zero_leaf,
+            zero_leaf: replay.zeros.leaf,
             quarantine: Mutex::new(VecDeque::new()),
             reaping: Mutex::default(),
             image_clusters: Mutex::new(image_clusters),
@@ -317,7 +317,8 @@ impl super::volume::Map {
         // Without a limit or a reserve nothing is counted: a rollback takes no longer on a large
         // disk than on a small one.
         if row.limit.is_some() || row.reserve.is_some() {
-            walk_all(&self.tree, &mut |_, _, leaf| {
+            // Nothing that has clusters is in a map twice.
+            Seen::default().walk(&self.tree, &mut |_, _, leaf| {
                 for entry in leaf.entries.iter().filter(|entry| entry.birth > birth) {
                     subs += u64::from(entry.alloc.count_ones());
                     clusters += u32::from(entry.own != 0);

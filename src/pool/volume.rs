@@ -458,7 +458,6 @@ impl Map {
 
     /// `count` clusters from `first` map to nothing, or to zeros.
     pub fn replay_unmap(&mut self, replay: &Replay, first: Lcn, count: u32, is_zeroed: bool) {
-        let zero_leaf = is_zeroed.then(|| Arc::clone(&replay.zero_leaf));
         let new = Entry {
             zero: if is_zeroed { u16::MAX } else { 0 },
             ..Entry::default()
@@ -468,14 +467,8 @@ impl Map {
         while lcn < end {
             let (leaf, place) = leaf_of(Lcn(lcn));
             if place == 0 && end - lcn >= 64 {
-                self.tree.replace_leaf(leaf, zero_leaf.clone());
-                lcn += 64;
-                if !is_zeroed {
-                    // Huge discards of nothing take no time.
-                    let last_leaf = end / 64;
-                    let next = self.tree.next_leaf(lcn / 64).unwrap_or(last_leaf);
-                    lcn = lcn.max(next.min(last_leaf) * 64);
-                }
+                let zeros = is_zeroed.then_some(&replay.zeros);
+                lcn += 64 * self.tree.fill(leaf, (end - lcn) / 64, zeros);
             } else {
                 self.tree.leaf_mut(leaf, &replay.counts).entries[place] = new;
                 lcn += 1;
