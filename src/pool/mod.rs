@@ -17,7 +17,7 @@
 //! - **I3** `under` is nothing or a cluster with valid data for every sub-cluster in neither mask.
 //!   Depth never exceeds two.
 //! - **I4** A cluster is written in place only by the one live disk whose `birth` is after its last
-//!   fork, or whose reference is the only one, drops on their way included.
+//!   fork, or whose reference is the only one, drops on their way included. Checked at open.
 //! - **I5** The free list holds only clusters with count 0, no I/O in flight, a durable drop and,
 //!   if it was to be punched, punched.
 //! - **I6** The image and any prefix of the journal's batches give a legal state.
