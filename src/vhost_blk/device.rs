@@ -25,6 +25,10 @@ pub(super) struct Device {
     /// and sessions: front ends keep a copy that they show to guests, and do not ask again. A guest
     /// that saw no write cache sends no flushes.
     writeback: AtomicBool,
+    /// A front end was told of `writeback`, or told us, or its guest flushes. Until then there may be
+    /// a guest that turned the cache off before this server was started, and that its front end
+    /// does not tell us of.
+    is_agreed: AtomicBool,
     stats: Mutex<Stats>,
 }
 
@@ -49,6 +53,7 @@ impl Device {
             helpers,
             lost_sessions: Counter::default(),
             writeback: AtomicBool::new(true),
+            is_agreed: AtomicBool::new(false),
             stats: Mutex::new(Stats::default()),
         }
     }
@@ -57,7 +62,9 @@ impl Device {
         blk::features(self.disk.is_read_only(), self.queues_max > 1)
     }
 
+    /// The configuration space, for a front end to go by.
     pub(super) fn config(&self) -> blk::Config {
+        self.agree();
         blk::Config::new(&blk::Geometry {
             size: self.disk.size(),
             block_size: self.disk.block_size(),
@@ -69,11 +76,18 @@ impl Device {
 
     pub(super) fn set_writeback(&self, writeback: bool) {
         self.writeback.store(writeback, Ordering::SeqCst);
+        self.agree();
+    }
+
+    /// Whoever is at the other end knows whether there is a write cache: a guest that flushes does.
+    pub(super) fn agree(&self) {
+        self.is_agreed.store(true, Ordering::SeqCst);
     }
 
     /// Whether a driver that accepted `features` relies on FLUSH.
     pub(super) fn is_writeback(&self, features: u64) -> bool {
-        blk::is_writeback(features, self.writeback.load(Ordering::Relaxed))
+        let is_on = self.is_agreed.load(Ordering::Relaxed);
+        blk::is_writeback(features, is_on && self.writeback.load(Ordering::Relaxed))
     }
 
     /// Counters for a queue that starts.

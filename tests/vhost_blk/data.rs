@@ -1,6 +1,12 @@
 //! The right bytes: every request, any alignment and layout, on every tier.
 
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use tidepool::cowdisk::Disk;
 use tidepool::format::catalogue::BaseFormat;
+use tidepool::pool::{OpenOptions, Pool};
+use tidepool::storage::{Access, FileStorage};
 
 use crate::client::{Random, WRITE, seed};
 use crate::disk::{self, Kind};
@@ -314,4 +320,58 @@ fn without_a_write_cache_every_write_is_flushed() {
     assert_eq!(guest.write(0, 0, &[3; 4096]), OK);
     assert_eq!(guest.ranges(0, WRITE_ZEROES, &[(0, 8, 0)]), OK);
     assert_eq!(guest.read(0, 0, 512), [0; 512]);
+}
+
+/// The first bytes of the disk `disk` after a crash of the process, at worst.
+fn after_a_crash(disk: &Disk) -> [u8; 512] {
+    let dir = tempfile::tempdir().expect("a directory");
+    let copy = dir.path().join("copy");
+    let fd = disk.data_fd().expect("a file").as_raw_fd();
+    std::fs::copy(format!("/proc/self/fd/{fd}"), &copy).expect("copies");
+    let file = FileStorage::open(&copy, Access::ReadWrite).expect("opens");
+    let pool = Pool::open(Arc::new(file), &OpenOptions::default()).expect("a pool");
+    let mut bytes = [0xEE; 512];
+    let disk = Disk::open(&pool, "disk").expect("it is there");
+    disk.read_at(&mut bytes, 0).expect("reads");
+    bytes
+}
+
+#[test]
+fn the_write_cache_is_off_until_the_guest_is_known_to_know_of_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let disk = disk::make(dir.path(), "disk", SIZE, Kind::Buffered, false);
+    // As QEMU comes back to a server that was restarted: it asks for no configuration, and its guest
+    // may have turned the cache off at the one before.
+    let bench = Bench::with(options(), |_| disk.clone());
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    assert_eq!(guest.write(0, 0, &[1; 4096]), OK);
+    assert_eq!(
+        after_a_crash(&disk),
+        [1; 512],
+        "flushed, lest the guest does not"
+    );
+    // A guest that flushes knows of the cache.
+    assert_eq!(guest.request(0, FLUSH, 0, &[]), OK);
+    assert_eq!(guest.ranges(0, WRITE_ZEROES, &[(0, 8, 0)]), OK);
+    assert_eq!(after_a_crash(&disk), [1; 512], "not flushed");
+    drop(guest);
+    drop(bench);
+
+    // And so does one whose front end asks, or says so.
+    for is_asked in [true, false] {
+        let bench = Bench::with(options(), |_| disk.clone());
+        let mut guest = Guest::boot(&bench.socket, MODERN);
+        assert_eq!(guest.write(0, 0, &[3; 4096]), OK);
+        assert_eq!(after_a_crash(&disk), [3; 512]);
+        if is_asked {
+            assert_eq!(guest.wire.config(32, 1), Some(vec![1]));
+        } else {
+            assert!(guest.wire.set_config(32, &[1]));
+        }
+        assert_eq!(guest.ranges(0, WRITE_ZEROES, &[(0, 8, 0)]), OK);
+        assert_eq!(after_a_crash(&disk), [3; 512], "not flushed");
+        assert!(guest.wire.set_config(32, &[0]));
+        assert_eq!(guest.ranges(0, WRITE_ZEROES, &[(0, 8, 0)]), OK);
+        assert_eq!(after_a_crash(&disk), [0; 512], "flushed");
+    }
 }

@@ -110,7 +110,10 @@ impl Task {
                 Next::Finish(Status::Ok)
             }
             Op::Flush if disk.is_read_only() || disk.is_ephemeral() => Next::Finish(Status::Ok),
-            Op::Flush => self.flush(mover),
+            Op::Flush => {
+                mover.lane.device.agree();
+                self.flush(mover)
+            }
             Op::In if self.request.len == 0 => Next::Finish(Status::Ok),
             Op::In => self.read(mover),
             Op::Out | Op::Discard | Op::WriteZeroes if disk.is_read_only() => {
