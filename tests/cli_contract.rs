@@ -15,6 +15,7 @@ const COMMANDS: &[&[&str]] = &[
     &["pool", "info"],
     &["pool", "check"],
     &["pool", "dump"],
+    &["pool", "restore"],
     &["pool", "resize"],
     &["pool", "ls"],
     &["pool", "trim"],
@@ -771,4 +772,29 @@ fn an_interrupted_import_leaves_nothing_under_the_name() {
     assert_eq!(refused.error()["kind"], "no_space");
     assert_eq!(shell.json(&["disk", "ls", "p"])["disks"], json!([]));
     shell.ok(&["disk", "import", &image, "p:a"]);
+}
+
+#[test]
+fn a_pool_without_metadata_is_restored_from_its_dump() {
+    let shell = Shell::new();
+    shell.pool();
+    shell.ok(&["disk", "create", "p:a", "--size", "1M"]);
+    fs::write(shell.path("dump"), shell.ok(&["pool", "dump", "p"]).stdout).expect("writes");
+    let restore = |pool: &str| shell.run(&["pool", "restore", pool, "--from", "dump"]);
+    let kept = restore("p");
+    assert_eq!(kept.code, 1, "{kept:?}");
+    assert!(kept.stderr.contains("no faults") && kept.stderr.contains("--force"));
+    let mut bytes = fs::read(shell.path("p")).expect("reads");
+    bytes[..3 << 20].fill(0xff);
+    fs::write(shell.path("p"), bytes).expect("writes");
+    assert_eq!(shell.run(&["disk", "ls", "p"]).code, 1);
+    assert_eq!(restore("p").code, 0);
+    shell.ok(&["pool", "check", "p"]);
+    assert!(shell.ok(&["disk", "info", "p:a"]).stdout.contains("1M"));
+    assert_eq!(restore("q").code, 0, "a pool that is not there is made");
+    shell.ok(&["pool", "check", "q"]);
+    fs::write(shell.path("dump"), "{}\n").expect("writes");
+    let refused = restore("q");
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.stderr.contains("line 1"), "{refused:?}");
 }

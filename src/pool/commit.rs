@@ -413,6 +413,17 @@ impl Pool {
         result.map(|()| true)
     }
 
+    /// Writes an image of the forest as it is and puts it in force, where nobody else has the pool.
+    ///
+    /// # Errors
+    /// No space, or the store failed.
+    pub(super) fn write_image_alone(&self) -> Result<(), PoolError> {
+        let mut leader = self.lead_alone(ROOM)?;
+        let is_written = self.write_image_now(leader.journal())?;
+        assert!(is_written, "nobody else writes one");
+        Ok(())
+    }
+
     /// Writes the image of a forest frozen by an earlier commit, if there is one. Requests and
     /// commits go on meanwhile.
     ///

@@ -10,6 +10,19 @@ use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
 use crate::storage::{AlignedBuf, Storage};
 use serde_json::{Value, json};
 
+/// Longest run of entries that name no cluster and are not all zeros: each takes memory when the
+/// dump is restored, and no other figure bounds them.
+pub(super) const EMPTY_RUN_MAX: u32 = 65536;
+
+/// Nothing but zeros: runs of any length take no memory.
+pub(super) const ZEROS: Entry = Entry {
+    own: 0,
+    under: 0,
+    alloc: 0,
+    zero: u16::MAX,
+    birth: 0,
+};
+
 /// Calls `line` with each line of the dump.
 ///
 /// # Errors
@@ -53,6 +66,8 @@ fn superblock_line(at: u64, superblock: &Superblock) -> Value {
     json!({
         "kind": "superblock",
         "at": at,
+        "compat": superblock.compat,
+        "ro_compat": superblock.ro_compat,
         "uuid": uuid::Uuid::from_bytes(superblock.uuid).to_string(),
         "generation": superblock.generation,
         "open_epoch": superblock.open_epoch,
@@ -109,5 +124,6 @@ fn goes_on((first, count, start): (u32, u32, Entry), lcn: u32, entry: &Entry) ->
         under: step(start.under),
         ..start
     };
-    lcn == first + count && *entry == next
+    let is_short = count < EMPTY_RUN_MAX || start.clusters() != [0, 0] || start == ZEROS;
+    lcn == first + count && *entry == next && is_short
 }

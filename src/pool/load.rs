@@ -7,6 +7,7 @@ use super::image::{self, Loader};
 use super::journal::{Journal, uuid_low};
 use super::map::Zeros;
 use super::volume::Volume;
+use crate::format::FormatError;
 use crate::format::image::decode_token;
 use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
 use crate::format::journal::Record;
@@ -37,35 +38,39 @@ pub struct Replay {
     pub zeros: Zeros,
 }
 
+/// Both copies of the superblock, as far as they are intact.
+///
+/// # Errors
+/// The store failed.
+pub fn superblock_copies(
+    storage: &dyn Storage,
+) -> Result<[Result<Superblock, FormatError>; 2], PoolError> {
+    let reading = || PoolError::storage("reading the superblock");
+    let len = storage.len().map_err(reading())?;
+    let read = |at: u64| {
+        if at + bytes_of(SUPERBLOCK_LEN) > len {
+            return Ok::<_, PoolError>(Superblock::decode(&[]));
+        }
+        let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
+        storage.read_at(&mut bytes, at).map_err(reading())?;
+        Ok(Superblock::decode(&bytes))
+    };
+    let [first, second] = SUPERBLOCK_AT;
+    Ok([read(first)?, read(second)?])
+}
+
 /// The newest intact superblock, and whether the other copy needs rewriting.
 ///
 /// # Errors
 /// Neither copy is intact; the first one's fault is told.
 pub fn read_superblock(storage: &dyn Storage) -> Result<(Superblock, bool), PoolError> {
-    let len = storage
-        .len()
-        .map_err(PoolError::storage("reading the superblock"))?;
-    let mut copies = Vec::new();
-    for at in SUPERBLOCK_AT {
-        let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
-        if at + bytes_of(SUPERBLOCK_LEN) > len {
-            copies.push(Superblock::decode(&[]));
-            continue;
-        }
-        storage
-            .read_at(&mut bytes, at)
-            .map_err(PoolError::storage("reading the superblock"))?;
-        copies.push(Superblock::decode(&bytes));
-    }
-    let second = copies.pop().expect("two copies were read");
-    let first = copies.pop().expect("two copies were read");
-    match (first, second) {
-        (Ok(a), Ok(b)) => {
+    match superblock_copies(storage)? {
+        [Ok(a), Ok(b)] => {
             let differ = a.generation != b.generation;
             Ok((if a.generation >= b.generation { a } else { b }, differ))
         }
-        (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok((one, true)),
-        (Err(e), Err(_)) => Err(e.into()),
+        [Ok(one), Err(_)] | [Err(_), Ok(one)] => Ok((one, true)),
+        [Err(e), Err(_)] => Err(e.into()),
     }
 }
 

@@ -56,6 +56,7 @@ pub mod map;
 pub mod open;
 pub mod reclaim;
 pub mod resize;
+pub mod restore;
 pub mod slab;
 pub mod space;
 pub mod transaction;

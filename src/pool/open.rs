@@ -114,21 +114,31 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Pool
     };
     let storing = || PoolError::storage("creating the pool");
     fit(storage, len)?;
-    // The journal's blocks exist from the start: writing them never allocates on the host.
-    let zeros = AlignedBuf::new(1 << 20);
-    let mut at = 0;
-    while at < superblock.metadata_end() {
-        let part = len_of((superblock.metadata_end() - at).min(bytes_of(zeros.len())));
-        storage.write_at(&zeros[..part], at).map_err(storing())?;
-        at += bytes_of(part);
-    }
-    storage.flush().map_err(storing())?;
+    let zeros = AlignedBuf::new(len_of(JOURNAL_AT));
+    storage.write_at(&zeros, 0).map_err(storing())?;
+    zero_journal(storage, &superblock).map_err(storing())?;
     let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
     bytes.copy_from_slice(&superblock.encode());
     for at in SUPERBLOCK_AT {
         storage.write_durable_at(&bytes, at).map_err(storing())?;
     }
     Ok(())
+}
+
+/// Fills the journal with zeros, durably: its blocks exist from then on, so that writing them never
+/// allocates on the host.
+pub(super) fn zero_journal(storage: &dyn Storage, superblock: &Superblock) -> std::io::Result<()> {
+    let zeros = AlignedBuf::new(1 << 20);
+    for half in superblock.journal_half {
+        let end = half + superblock.journal_half_len;
+        let mut at = half;
+        while at < end {
+            let part = len_of((end - at).min(bytes_of(zeros.len())));
+            storage.write_at(&zeros[..part], at)?;
+            at += bytes_of(part);
+        }
+    }
+    storage.flush()
 }
 
 /// Gives the store `len` bytes. A block device has the size it has; what is beyond the last whole

@@ -1,16 +1,23 @@
-//! Commands that look at the metadata itself: check and dump. They open the pool's file, not the
+//! Commands that work on the metadata itself: check, dump and restore. They open the pool's file, not the
 //! pool, which may be damaged.
 
-use super::{Check, Target};
+use super::{Check, Restore, Target};
 use crate::cli::failure::Failure;
 use crate::cli::output::{self, Reply};
 use crate::cli::{human, open};
 use crate::pool::check::{self, Report};
 use crate::pool::dump::dump as dump_pool;
+use crate::pool::load::read_superblock;
+use crate::pool::restore::Dump;
 use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::Arc;
+use crate::sys::file;
 use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+
+/// Longest line of a dump, bytes: rows are the longest.
+const LINE_LEN_MAX: u64 = 1 << 20;
 
 fn storage(path: &Path, access: Access) -> Result<Arc<dyn Storage>, Failure> {
     let storage = FileStorage::open(path, access).map_err(|e| open::refusal(path, &e))?;
@@ -90,4 +97,76 @@ pub(super) fn dump(args: &Target) -> Result<Reply, Failure> {
     printed.map_err(|e| Failure::new("io", "standard output", e))?;
     dumped.map_err(|e| Failure::pool(args.pool.display(), &e))?;
     Ok(Reply::silent())
+}
+
+pub(super) fn restore(args: &Restore) -> Result<Reply, Failure> {
+    let path = &args.pool;
+    let dump = read_dump(&args.from)?;
+    let storage: Arc<dyn Storage> = if path.exists() {
+        let storage = storage(path, Access::ReadWrite)?;
+        if !args.force {
+            refuse_if_better(args, &*storage, &dump)?;
+        }
+        storage
+    } else {
+        let made = FileStorage::create_new(path, dump.pool_len());
+        Arc::new(made.map_err(|e| open::refusal(path, &e))?)
+    };
+    let restored = dump
+        .restore(&storage)
+        .map_err(|e| Failure::pool(path.display(), &e))?;
+    let text = format!(
+        "{}: restored, with {} disks and snapshots\n",
+        path.display(),
+        restored.disks
+    );
+    Ok(Reply::new(
+        json!({ "pool": path, "disks": restored.disks }),
+        text,
+    ))
+}
+
+/// A dump takes a pool back in time: not without being told to where that is no gain.
+fn refuse_if_better(args: &Restore, storage: &dyn Storage, dump: &Dump) -> Result<(), Failure> {
+    let path = &args.pool;
+    let refuse = |what: &str| {
+        Err(Failure::new("exists", path.display(), what)
+            .hint("say --force to restore the dump all the same"))
+    };
+    // What cannot be read is nothing to lose.
+    let Ok((superblock, _)) = read_superblock(storage) else {
+        return Ok(());
+    };
+    if Some(superblock.uuid) != dump.uuid() {
+        return refuse("it is another pool than the one that was dumped");
+    }
+    let report = check::check(storage).map_err(|e| Failure::pool(path.display(), &e))?;
+    if report.faults.is_empty() {
+        return refuse("it has no faults, and would lose what was changed since the dump");
+    }
+    Ok(())
+}
+
+fn read_dump(path: &Path) -> Result<Dump, Failure> {
+    let reading = |e: &std::io::Error| Failure::io(path, "read the dump", e);
+    let mut reader: Box<dyn BufRead> = if path == Path::new("-") {
+        Box::new(std::io::stdin().lock())
+    } else {
+        let file = file::open(path, file::Mode::Read).map_err(|e| reading(&e))?;
+        Box::new(BufReader::new(file))
+    };
+    let mut dump = Dump::default();
+    let mut line = String::new();
+    for number in 1_u64.. {
+        line.clear();
+        let read = (&mut reader).take(LINE_LEN_MAX).read_line(&mut line);
+        if read.map_err(|e| reading(&e))? == 0 {
+            break;
+        }
+        dump.line(&line).map_err(|e| {
+            let place = format!("{}, line {number}", path.display());
+            Failure::pool(place, &e)
+        })?;
+    }
+    Ok(dump)
 }

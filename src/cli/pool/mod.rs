@@ -35,6 +35,9 @@ pub(super) enum PoolCommand {
     /// Print the metadata, a JSON object a line.
     #[command(after_help = DUMP)]
     Dump(Target),
+    /// Make the metadata anew from a dump; data stays where it is.
+    #[command(after_help = RESTORE)]
+    Restore(Restore),
     /// Change the most bytes a pool may grow to.
     #[command(after_help = RESIZE)]
     Resize(Resize),
@@ -65,6 +68,15 @@ const DUMP: &str = "\
 Examples:
   tidepool pool dump vms.pool
   tidepool pool dump vms.pool | jq 'select(.kind == \"disk\") | .row'";
+const RESTORE: &str = "\
+Examples:
+  tidepool pool dump vms.pool > vms.dump
+  tidepool pool restore vms.pool --from vms.dump
+  zstdcat vms.dump.zst | tidepool pool restore vms.pool --from -
+
+What was changed since the dump was made is lost; where data was overwritten since, the disks of
+the dump hold what took its place. Keep a copy of the pool if you can. If the pool is not there, it
+is made, and its disks hold zeros. If it is interrupted, run it again.";
 const RESIZE: &str = "\
 Examples:
   tidepool pool resize vms.pool --size 200G";
@@ -109,6 +121,19 @@ pub(super) struct Check {
     repair: bool,
 }
 
+/// `pool restore`
+#[derive(Debug, Args)]
+pub(super) struct Restore {
+    /// Path of the pool.
+    pool: PathBuf,
+    /// The dump; `-` for standard input.
+    #[arg(long, value_name = "FILE")]
+    from: PathBuf,
+    /// Restore over a pool that has no faults, or that is not the one that was dumped.
+    #[arg(long)]
+    force: bool,
+}
+
 /// `pool resize`
 #[derive(Debug, Args)]
 pub(super) struct Resize {
@@ -142,6 +167,7 @@ pub(super) fn execute(command: PoolCommand, output: Output) -> Result<Reply, Fai
         PoolCommand::Info(target) => open::reading(&target.pool, |pool| info(&target.pool, pool)),
         PoolCommand::Check(args) => inspect::check(&args),
         PoolCommand::Dump(args) => inspect::dump(&args),
+        PoolCommand::Restore(args) => inspect::restore(&args),
         PoolCommand::Resize(args) => resize(&args),
         PoolCommand::Ls(ls) => list(ls),
         PoolCommand::Trim(target) => trim(&target.pool, output),

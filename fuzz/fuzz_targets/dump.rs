@@ -1,0 +1,31 @@
+//! Lines as a dump: refused without a trace, or restored to a pool without a fault.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
+use tidepool::pool::check::check;
+use tidepool::pool::restore::Dump;
+use tidepool::pool::{OpenOptions, Pool};
+use tidepool::storage::{SimStorage, Storage};
+
+/// Larger pools than this are not restored: their journals alone take time to clear.
+const LEN_MAX: u64 = 32 << 20;
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let mut dump = Dump::default();
+    if text.lines().any(|line| dump.line(line).is_err()) {
+        return;
+    }
+    let len = dump.pool_len();
+    if len == 0 || len > LEN_MAX {
+        return;
+    }
+    let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(len));
+    if dump.restore(&storage).is_ok() {
+        let report = check(&*storage).expect("the store works");
+        assert!(report.faults.is_empty(), "{:?}", report.faults);
+        let pool = Pool::open(Arc::clone(&storage), &OpenOptions::default()).expect("opens");
+        pool.close().expect("closes");
+    }
+});

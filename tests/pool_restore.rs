@@ -1,0 +1,248 @@
+//! Goal: a pool restored from its dump has the disks of the dump, whatever had become of its
+//! metadata; a bad dump changes nothing; an interrupted restore is done by the next.
+//!
+//! Method: small pools on the simulated disk; the metadata is wiped, cut off or left as it is.
+
+mod common;
+
+use common::{CLUSTER, POOL_LEN, SUB, bytes, disk, fresh, opened, read};
+use std::sync::Arc;
+use tidepool::cowdisk::{self, Disk};
+use tidepool::pool::check::check;
+use tidepool::pool::dump::dump;
+use tidepool::pool::restore::Dump;
+use tidepool::pool::{Pool, PoolError};
+use tidepool::storage::{SimStorage, Storage};
+
+const LEN: u64 = 200 * CLUSTER;
+
+fn dumped(storage: &dyn Storage) -> Vec<String> {
+    let mut lines = Vec::new();
+    dump(storage, &mut |line| lines.push(line.to_string())).expect("whole");
+    lines
+}
+
+fn parsed(lines: &[String]) -> Result<Dump, PoolError> {
+    let mut dump = Dump::default();
+    lines.iter().try_for_each(|line| dump.line(line))?;
+    Ok(dump)
+}
+
+fn restore(storage: &Arc<SimStorage>, lines: &[String]) -> Result<usize, PoolError> {
+    let store: Arc<dyn Storage> = Arc::clone(storage) as Arc<dyn Storage>;
+    Ok(parsed(lines)?.restore(&store)?.disks)
+}
+
+/// Forks of forks, a snapshot, zeros, discards, and a partial cluster; closed.
+fn sample() -> (Arc<SimStorage>, Vec<(String, Vec<u8>)>) {
+    let (storage, pool) = fresh();
+    let a = disk(&pool, "a", LEN);
+    a.write_at(&bytes(1, 100 * CLUSTER), 0).expect("writes");
+    cowdisk::fork(&pool, "a", &["b".to_owned(), "c".to_owned()]).expect("forks");
+    let b = Disk::open(&pool, "b").expect("there");
+    b.write_at(&bytes(2, 3 * SUB), 7 * CLUSTER + 5 * SUB)
+        .expect("writes");
+    b.discard(20 * CLUSTER, 70 * CLUSTER).expect("discards");
+    a.write_zeroes(SUB, 4 * SUB, true).expect("zeroes");
+    drop(b);
+    cowdisk::snapshot(&pool, "b", "s").expect("snapshots");
+    cowdisk::fork(&pool, "b", &["d".to_owned()]).expect("forks");
+    let d = Disk::open(&pool, "d").expect("there");
+    d.write_at(&bytes(4, CLUSTER), 150 * CLUSTER)
+        .expect("writes");
+    drop((a, d));
+    let contents = contents(&pool);
+    pool.close().expect("closes");
+    (storage, contents)
+}
+
+fn contents(pool: &Arc<Pool>) -> Vec<(String, Vec<u8>)> {
+    let names = pool.items().into_iter().map(|item| item.row.name);
+    let content = |name: String| {
+        let disk = Disk::open(pool, &name).expect("there");
+        let all = read(&disk, 0, LEN);
+        (name, all)
+    };
+    names.map(content).collect()
+}
+
+/// Everything before the data area, gone.
+fn wipe(storage: &SimStorage, lines: &[String]) {
+    let superblock: serde_json::Value = serde_json::from_str(&lines[0]).expect("JSON");
+    let end = superblock["journal_half"][1].as_u64().expect("a number")
+        + superblock["journal_half_len"].as_u64().expect("a number");
+    storage.write_at(&bytes(0xff, end), 0).expect("writes");
+    storage.flush().expect("flushes");
+}
+
+/// The lines about disks: what a restore must bring back.
+fn of_disks(lines: &[String]) -> Vec<&String> {
+    let of_a_disk =
+        |line: &&String| line.contains("\"kind\":\"disk\"") || line.contains("\"kind\":\"map\"");
+    lines.iter().filter(of_a_disk).collect()
+}
+
+#[test]
+fn a_wiped_pool_comes_back_from_its_dump() {
+    let (storage, before) = sample();
+    let lines = dumped(&*storage);
+    let used = check(&*storage).expect("works").used_clusters;
+    wipe(&storage, &lines);
+    assert!(!check(&*storage).expect("works").faults.is_empty());
+    assert_eq!(
+        restore(&storage, &lines).map_err(|e| e.to_string()),
+        Ok(before.len())
+    );
+    let report = check(&*storage).expect("works");
+    assert_eq!(
+        (report.faults.len(), report.used_clusters, report.is_clean),
+        (0, used, true)
+    );
+    assert_eq!(of_disks(&dumped(&*storage)), of_disks(&lines));
+    let pool = opened(&storage);
+    assert!(contents(&pool) == before, "contents");
+    // And it is a pool like any other: what is written now stays apart.
+    let a = Disk::open(&pool, "a").expect("there");
+    a.write_at(&bytes(9, LEN), 0).expect("writes");
+    let after = contents(&pool);
+    for ((name, now), (_, then)) in after.iter().zip(&before) {
+        assert!((name == "a") != (now == then), "{name}");
+    }
+    drop((a, pool));
+    opened(&Arc::new(storage.crash_all_kept()))
+        .close()
+        .expect("closes");
+}
+
+#[test]
+fn a_pool_that_went_on_goes_back_to_the_dump() {
+    let (storage, before) = sample();
+    let lines = dumped(&*storage);
+    let pool = opened(&storage);
+    for n in 0..40 {
+        disk(&pool, &format!("new{n}"), CLUSTER)
+            .flush()
+            .expect("flushes");
+    }
+    drop(pool);
+    assert_eq!(
+        restore(&storage, &lines).map_err(|e| e.to_string()),
+        Ok(before.len())
+    );
+    let pool = opened(&storage);
+    assert!(contents(&pool) == before, "nothing was written over since");
+}
+
+#[test]
+fn an_interrupted_restore_is_done_by_the_next() {
+    let (storage, before) = sample();
+    let lines = dumped(&*storage);
+    wipe(&storage, &lines);
+    let whole = storage.crash_all_kept();
+    let started = whole.counters().changes();
+    restore(&Arc::new(whole), &lines).expect("restores");
+    assert_eq!(started, 0);
+    let mut cuts = 0;
+    for cut in 0.. {
+        let store = Arc::new(storage.crash_all_kept());
+        store.cut_power_at(cut);
+        if restore(&store, &lines).is_ok() {
+            break;
+        }
+        cuts += 1;
+        for image in [
+            store.crash_all_lost(),
+            store.crash(cut),
+            store.crash_all_kept(),
+        ] {
+            let image = Arc::new(image);
+            restore(&image, &lines).expect("restores");
+            assert!(contents(&opened(&image)) == before, "cut at {cut}");
+        }
+    }
+    assert!(cuts > 10, "{cuts} moments to stop at");
+}
+
+#[test]
+fn a_bad_dump_is_refused_and_changes_nothing() {
+    let (storage, _) = sample();
+    let lines = dumped(&*storage);
+    let map = lines
+        .iter()
+        .position(|line| line.contains("\"kind\":\"map\""))
+        .expect("one");
+    let disk = lines
+        .iter()
+        .position(|line| line.contains("\"kind\":\"disk\""))
+        .expect("one");
+    let with = |at: usize, from: &str, to: &str| {
+        let mut lines = lines.clone();
+        assert!(lines[at].contains(from), "{from} in {}", lines[at]);
+        lines[at] = lines[at].replace(from, to);
+        lines
+    };
+    let own = lines[map]
+        .split("\"own\":")
+        .nth(1)
+        .and_then(|rest| rest.split(',').next())
+        .expect("one");
+    let own = format!("\"own\":{own},");
+    let cases = [
+        ("cut off", lines[..lines.len() - 1].to_vec()),
+        ("goes on", [&lines[..], &lines[..1]].concat()),
+        ("no superblock", lines[2..].to_vec()),
+        ("no JSON", vec!["tidepool".to_owned()]),
+        ("kind", vec!["{\"kind\":\"pool\"}".to_owned()]),
+        ("disk twice", [&lines[..=disk], &lines[disk..]].concat()),
+        ("disk unknown", with(map, "\"disk\":\"", "\"disk\":\"x")),
+        ("metadata area", with(map, &own, "\"own\":1,")),
+        ("beyond the pool", with(map, &own, "\"own\":4294967200,")),
+        ("beyond the disk", with(map, "\"lcn\":", "\"lcn\":4000000")),
+        ("many", with(map, "\"count\":", "\"count\":4294967")),
+        ("name", with(disk, "\"name\":\"", "\"name\":\"../")),
+        ("born later", with(map, "\"birth\":", "\"birth\":99999")),
+        (
+            "generation",
+            with(lines.len() - 1, "\"generation\":", "\"generation\":-"),
+        ),
+    ];
+    let before = storage.counters().changes();
+    for (what, lines) in cases {
+        let refused = restore(&storage, &lines);
+        assert!(refused.is_err(), "{what} passed");
+        assert_eq!(
+            storage.counters().changes(),
+            before,
+            "{what} changed something"
+        );
+    }
+    assert!(check(&*storage).expect("works").faults.is_empty());
+    let short = Arc::new(SimStorage::new(POOL_LEN / 2));
+    let refused = restore(&short, &lines).map_err(|e| e.to_string());
+    assert!(
+        refused.is_err_and(|e| e.contains("bytes")),
+        "too short a file"
+    );
+}
+
+/// What one disk holds for all of its forks is held once again after a restore.
+#[test]
+fn forks_share_their_maps_again() {
+    let (storage, pool) = fresh();
+    let a = disk(&pool, "a", LEN);
+    a.write_at(&bytes(1, LEN), 0).expect("writes");
+    let names: Vec<String> = (0..50).map(|n| format!("f{n}")).collect();
+    cowdisk::fork(&pool, "a", &names).expect("forks");
+    drop(a);
+    pool.close().expect("closes");
+    let lines = dumped(&*storage);
+    restore(&storage, &lines).expect("restores");
+    let pool = opened(&storage);
+    let first = pool.find("a").expect("there").volume;
+    for name in names {
+        let fork = pool.find(&name).expect("there").volume;
+        let (one, other) = (first.map.read(), fork.map.read());
+        let leaf = |tree: &tidepool::pool::map::Tree| tree.leaf(1).map(Arc::as_ptr);
+        assert_eq!(leaf(&one.tree), leaf(&other.tree), "{name}");
+    }
+}
