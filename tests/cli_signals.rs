@@ -22,11 +22,17 @@ fn get_features() -> Vec<u8> {
     header.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
-#[test]
-fn a_server_that_is_told_twice_ends_at_once() {
+/// Pool `p` with a disk `a`.
+fn one_disk() -> Shell {
     let shell = Shell::new();
     shell.pool();
     shell.ok(&["disk", "create", "p:a", "--size", "1M"]);
+    shell
+}
+
+#[test]
+fn a_server_that_is_told_twice_ends_at_once() {
+    let shell = one_disk();
     let mut server = shell.serve(&["p", "--sockets", "run"]);
     let socket = shell.path("run/a.sock");
     // A client that asks and asks and takes no answer holds up an end in good order.
@@ -46,9 +52,7 @@ fn a_server_that_is_told_twice_ends_at_once() {
 
 #[test]
 fn a_server_ends_with_its_terminal_unless_it_was_told_not_to() {
-    let shell = Shell::new();
-    shell.pool();
-    shell.ok(&["disk", "create", "p:a", "--size", "1M"]);
+    let shell = one_disk();
     let mut server = shell.serve(&["p", "--sockets", "run"]);
     send(server.pid(), Signal::SIGHUP);
     assert_eq!(server.wait().code(), Some(0), "in good order");

@@ -21,6 +21,8 @@ mod host;
 mod hostile;
 #[path = "vhost_blk/lost.rs"]
 mod lost;
+#[path = "common/random.rs"]
+mod random;
 #[path = "vhost_blk/session.rs"]
 mod session;
 #[path = "common/small.rs"]

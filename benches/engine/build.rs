@@ -8,6 +8,7 @@ use std::task::Waker;
 
 use crate::Result;
 use crate::args::Args;
+use crate::random::Random;
 use crate::sample::{print_one, timed};
 use tidepool::cowdisk::{self, Disk, NewDisk, Step, WritePlan};
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
@@ -47,20 +48,6 @@ pub(crate) fn create_pool(path: &Path, len: u64) -> Result<Arc<Pool>> {
 pub(crate) fn open_pool(path: &Path) -> Result<Arc<Pool>> {
     let file = Arc::new(FileStorage::open(path, Access::ReadWrite)?);
     Ok(Pool::open(file, &OpenOptions::default())?)
-}
-
-/// Pseudo-random numbers: splitmix64, the same sequence in every run.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    /// A number below `bound`.
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
 }
 
 /// Maps a new disk little by little.

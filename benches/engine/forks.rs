@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::Result;
 use crate::args::Args;
-use crate::build::{Order, Random, create_pool, grow_chain, mapped_disk};
+use crate::build::{Order, create_pool, grow_chain, mapped_disk};
+use crate::random::Random;
 use crate::sample::{Sample, memory_mib, print_one, timed};
 use tidepool::cowdisk::{self, Disk};
 use tidepool::pool::Pool;

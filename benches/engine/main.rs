@@ -8,6 +8,8 @@ mod args;
 mod build;
 mod forks;
 mod open;
+#[path = "../../tests/common/random.rs"]
+mod random;
 mod sample;
 
 use std::error::Error;

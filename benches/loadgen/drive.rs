@@ -8,7 +8,8 @@ use serde_json::json;
 
 use crate::guest::{Device, Done, Kind};
 use crate::measure::{CpuTimes, Histogram, now};
-use crate::workload::{Model, Rng, Workload};
+use crate::random::Random;
+use crate::workload::{Model, Workload};
 use crate::{Args, Wait};
 
 /// Looks at the used ring before a spinning client gives its backend up.
@@ -104,7 +105,7 @@ impl Driver {
 
     /// Data that neither compresses nor repeats between slots.
     fn fill_buffers(&mut self) {
-        let mut rng = Rng::new(self.args.seed ^ 0x5eed);
+        let mut rng = Random(self.args.seed ^ 0x5eed);
         for slot in 0..self.args.depth {
             for word in self.data.chunks_mut(8) {
                 let bytes = rng.next().to_le_bytes();

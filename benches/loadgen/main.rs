@@ -8,6 +8,8 @@
 mod drive;
 mod guest;
 mod measure;
+#[path = "../../tests/common/random.rs"]
+mod random;
 mod workload;
 
 use std::error::Error;

@@ -3,36 +3,13 @@
 use std::error::Error;
 
 use crate::guest::Kind;
+use crate::random::Random;
 use crate::{Args, Direction, Order};
-
-/// SplitMix64: small, fast, and good enough to choose blocks and to tell stamps apart.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rng(u64);
-
-impl Rng {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, which must not be 0 (Lemire's multiplication, bias below 2^-32).
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        let wide = u128::from(self.next()) * u128::from(bound);
-        u64::try_from(wide >> 64).expect("the high half of a product fits")
-    }
-}
 
 /// The stream of requests of one run.
 #[derive(Debug)]
 pub(crate) struct Workload {
-    rng: Rng,
+    rng: Random,
     order: Order,
     direction: Direction,
     read_percent: u64,
@@ -53,7 +30,7 @@ impl Workload {
         if blocks == 0 {
             return Err("the disk is smaller than one block".into());
         }
-        let mut rng = Rng::new(args.seed);
+        let mut rng = Random(args.seed);
         let mut shuffled = Vec::new();
         if args.order == Order::Once {
             shuffled = (0..blocks).collect();
@@ -120,8 +97,8 @@ impl Workload {
 /// Writes the stamp of (`block`, `generation`) over all of `data`: every 8 bytes differ from those
 /// of any other place or generation.
 pub(crate) fn stamp(data: &mut [u8], seed: u64, block: u32, generation: u32) {
-    let mut rng = Rng::new(seed ^ (u64::from(block) << 32) ^ u64::from(generation));
-    rng = Rng::new(rng.next());
+    let mut rng = Random(seed ^ (u64::from(block) << 32) ^ u64::from(generation));
+    rng = Random(rng.next());
     for word in data.chunks_mut(8) {
         let bytes = rng.next().to_le_bytes();
         word.copy_from_slice(&bytes[..word.len()]);

@@ -1,12 +1,15 @@
-//! What the tests of the engine share: small pools on simulated disks, and random numbers that
-//! stay the same whatever happens to dependencies.
+//! What the tests of the engine share: small pools on simulated disks, and random numbers.
 
 #![allow(
     dead_code,
+    unused_imports,
     clippy::allow_attributes,
     reason = "each test uses its own part of it"
 )]
 
+mod random;
+
+pub(crate) use random::Random;
 use std::sync::Arc;
 use std::task::Waker;
 use tidepool::cowdisk::{self, Disk, NewDisk, Pass, Step, WritePlan};
@@ -19,26 +22,6 @@ pub(crate) const CLUSTER: u64 = 16 << 10;
 pub(crate) const SUB: u64 = CLUSTER / 16;
 /// Bytes of the smallest pool.
 pub(crate) const POOL_LEN: u64 = 16 << 20;
-
-/// A small generator.
-#[derive(Debug, Clone)]
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    /// 64 random bits.
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// 0 to `n - 1`.
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 /// An empty pool with small clusters on a simulated disk.
 pub(crate) fn empty(len: u64) -> Arc<SimStorage> {

@@ -176,6 +176,14 @@ impl Guest {
         self.queues[q].submit(&self.ram, first, &chain);
     }
 
+    /// Puts 40 writes of `len` bytes side by side on queue `q`.
+    pub fn put_writes(&mut self, q: usize, len: u32) {
+        for i in 0..40 {
+            let at = u64::from(i) * u64::from(len);
+            self.put(q, i * 3, OUT, at / 512, &[(DATA + at, len, 0)]);
+        }
+    }
+
     fn slot(&self, q: usize, first: u16) -> u64 {
         HEADERS + u64::try_from(q).expect("index") * 0x4_0000 + u64::from(first) * 32
     }

@@ -460,8 +460,8 @@ fn stopping_a_ring_leaves_out_what_waits_for_space() {
     }
 }
 
-#[test]
-fn stopping_a_ring_fails_what_waits_for_space_before_an_answered_request() {
+/// Three requests on queue 0: the second is answered, the others wait for space.
+fn answered_in_the_middle() -> (Bench, Guest) {
     let (bench, mut guest, sector) = full_for_an_hour();
     guest.put(0, 0, OUT, sector, &[(DATA, 1 << 20, 0)]);
     guest.put(0, 8, IN, 0, &[(DATA + (2 << 20), 512, WRITE)]);
@@ -470,6 +470,12 @@ fn stopping_a_ring_fails_what_waits_for_space_before_an_answered_request() {
     while bench.stats().parked < 2 {
         std::thread::yield_now();
     }
+    (bench, guest)
+}
+
+#[test]
+fn stopping_a_ring_fails_what_waits_for_space_before_an_answered_request() {
+    let (_bench, mut guest) = answered_in_the_middle();
     // The third is left out; the first cannot be, since the second was answered.
     assert_eq!(guest.wire.stop(0), Some(2));
     assert_eq!(guest.wait(0), Some((0, 1)));
@@ -483,14 +489,7 @@ fn stopping_a_ring_fails_what_waits_for_space_before_an_answered_request() {
 
 #[test]
 fn the_end_of_a_session_leaves_rings_that_can_be_gone_on_with() {
-    let (bench, mut guest, sector) = full_for_an_hour();
-    guest.put(0, 0, OUT, sector, &[(DATA, 1 << 20, 0)]);
-    guest.put(0, 8, IN, 0, &[(DATA + (2 << 20), 512, WRITE)]);
-    assert_eq!(guest.wait(0), Some((8, 513)));
-    guest.put(0, 16, OUT, sector, &[(DATA, 1 << 20, 0)]);
-    while bench.stats().parked < 2 {
-        std::thread::yield_now();
-    }
+    let (bench, mut guest) = answered_in_the_middle();
     bench.server.shutdown().expect("shut down");
     guest.wire.wait_hangup();
     // A front end that comes back goes on at the used index: what is before it must have been
