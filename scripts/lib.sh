@@ -89,7 +89,7 @@ guest_run() {
     shift 3
     guest_initrd "$image" "$job" "$console.initrd"
     for socket in "$@"; do
-        args+=(-chardev "socket,id=c$count,path=$socket"
+        args+=(-chardev "socket,id=c$count,path=$socket,reconnect=1"
             -device "vhost-user-blk-pci,chardev=c$count,num-queues=2")
         count=$((count + 1))
     done

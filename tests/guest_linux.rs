@@ -1,10 +1,11 @@
 //! Goal: a real Linux, with its own driver, its own file system and its own judgement, finds on a
-//! served disk what it wrote, over a power-off and over a restart of the server; and an export
-//! is what the guest saw.
+//! served disk what it wrote, over a power-off and over a restart of the server, under load too;
+//! and an export is what the guest saw.
 //!
 //! Method: QEMU (TCG, so no KVM is needed) boots Debian's cloud kernel from a fork of a small
 //! base disk, both over vhost-user-blk with two queues. The first boot loads a data disk with fio
-//! (checksummed, trims mixed in), ext4 and fsx; the second checks it with e2fsck and fio. The jobs
+//! (checksummed, trims mixed in), ext4 and fsx; the second checks it with e2fsck and fio; during the
+//! third the server is restarted, again and again, while fio verifies what it wrote. The jobs
 //! are shell scripts in `tests/guest/`, their results marked lines on the serial console.
 //! `TIDEPOOL_BIN` names another program to test.
 
@@ -72,7 +73,7 @@ fn linux_guest_keeps_its_data_over_power_off() {
     bench.tidepool(&["disk", "fork", &bench.disk("base"), &bench.disk("root")]);
     bench.tidepool(&["disk", "create", &bench.disk("data"), "--size", "192M"]);
 
-    let wrote = bench.boot("write");
+    let wrote = bench.boot("write", 0);
     assert_eq!(wrote.steps(), wrote.expected(WRITE_STEPS));
     bench.tidepool(&["pool", "check", &bench.pool]);
     let exported = bench.export("data", "raw");
@@ -82,7 +83,7 @@ fn linux_guest_keeps_its_data_over_power_off() {
         "export after the first boot"
     );
 
-    let found = bench.boot("verify");
+    let found = bench.boot("verify", 0);
     assert_eq!(found.steps(), found.expected(VERIFY_STEPS));
     assert_eq!(
         found.value("files"),
@@ -109,6 +110,10 @@ fn linux_guest_keeps_its_data_over_power_off() {
             &path_text(&qcow2),
         ],
     );
+
+    let load = bench.boot("restart", 3);
+    assert_eq!(load.steps(), ["load", "whole"]);
+    bench.tidepool(&["pool", "check", &bench.pool]);
 
     // the guest wrote to its fork of the base; the base must not know
     let parent = path_text(&bench.export("base", "raw"));
@@ -152,8 +157,9 @@ impl Bench {
     }
 
     /// Serves the pool, boots Linux with `root` and `data`, waits for its power-off, and stops
-    /// serving as Ctrl-C does.
-    fn boot(&self, job: &str) -> Console {
+    /// serving as Ctrl-C does. Until then the server is restarted `restarts` times, each time that it
+    /// has work to do.
+    fn boot(&self, job: &str, restarts: u32) -> Console {
         let sockets = self.dir.join(format!("sockets-{job}"));
         fs::create_dir(&sockets).expect("the socket directory can be made");
         let disks = [sockets.join("root.sock"), sockets.join("data.sock")];
@@ -175,10 +181,15 @@ impl Bench {
             "guest",
         ]);
         guest.args([&self.image, &script, &console]).args(&disks);
-        let ran = guest
-            .current_dir(repository())
-            .status()
-            .expect("bash can be started");
+        let guest = guest.current_dir(repository()).spawn();
+        let mut guest = guest.expect("bash can be started");
+        for _ in 0..restarts {
+            server.work();
+            let ended = server.stop();
+            assert!(ended.success(), "tidepool serve did not end: {ended}");
+            server = Server::start(&self.program, &self.pool, &sockets, &disks);
+        }
+        let ran = guest.wait().expect("bash is our child");
         let console = Console::read(&console);
         assert!(
             ran.success(),
@@ -210,6 +221,18 @@ impl Server {
             wanted.iter().all(|socket| socket.exists()).then_some(())
         });
         server
+    }
+
+    /// Waits until the guest has written 4 MiB: then it has more under way.
+    fn work(&mut self) {
+        self.poll("do any work", |child| {
+            let io = fs::read_to_string(format!("/proc/{}/io", child.id())).ok()?;
+            let counts = io.lines().filter_map(|line| {
+                let (name, count) = line.split_once(": ")?;
+                matches!(name, "wchar" | "write_bytes").then(|| count.parse::<u64>().ok())?
+            });
+            counts.max().filter(|bytes| *bytes >= 4 << 20).map(drop)
+        });
     }
 
     fn stop(&mut self) -> ExitStatus {
