@@ -150,10 +150,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     // One client after another, until the socket has been removed.
     loop {
         let (mut stream, _) = listener.accept()?;
-        if !shake_hands(&mut stream, &disk)? {
-            continue;
-        }
-        serve(&mut stream, &disk)?;
+        // One that breaks off, or breaks the rules, ends its own connection only.
+        let served = shake_hands(&mut stream, &disk).and_then(|goes_on| match goes_on {
+            true => serve(&mut stream, &disk),
+            false => Ok(()),
+        });
+        drop(served);
         disk.flush()?;
         if std::fs::metadata(socket).is_err() {
             break;
