@@ -132,3 +132,26 @@ fn pools_whose_sockets_would_have_the_same_names_are_refused() {
         );
     }
 }
+
+#[test]
+fn why_a_client_was_disconnected_is_said() {
+    let shell = Shell::new();
+    shell.pool();
+    shell.ok(&["disk", "create", "p:d", "--size", "1M"]);
+    let mut server = shell.serve(&["p", "--sockets", "run"]);
+    let mut rude = connect(&shell.path("run/d.sock"));
+    // SET_FEATURES, with features nobody offered.
+    let head = [2_u32, 1, 8].into_iter().flat_map(u32::to_le_bytes);
+    let message: Vec<u8> = head.chain(u64::MAX.to_le_bytes()).collect();
+    rude.write_all(&message).expect("not turned away yet");
+    let event = server.next_event();
+    assert_eq!(event["event"], "session_refused", "{event}");
+    assert_eq!(event["name"], "d");
+    assert!(!event["reason"].as_str().expect("text").is_empty());
+    // Who leaves politely is no event: the next is the end.
+    assert!(is_served(
+        &mut connect(&shell.path("run/d.sock")),
+        Duration::from_secs(20)
+    ));
+    assert_eq!(server.stop(), Some(0));
+}

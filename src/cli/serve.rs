@@ -8,18 +8,23 @@ use crate::cowdisk::{Disk, DiskErrorKind};
 use crate::format::units::bytes_of;
 use crate::pool::reclaim::Background;
 use crate::pool::{Pool, Return};
-use crate::sync::Arc;
+use crate::sync::{Arc, spawn_named};
 use crate::sys::fd;
 use crate::sys::signal::Endings;
-use crate::vhost_blk::{QUEUES_MAX, ServeError, Server, ServerOptions, WORKERS_MAX};
+use crate::vhost_blk::{
+    Event, EventKind, QUEUES_MAX, ServeError, Server, ServerOptions, WORKERS_MAX,
+};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::borrow::Cow;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
+/// Events that may wait to be printed; more are counted.
+const EVENTS_WAITING_MAX: usize = 64;
 /// Queues of a disk, where nothing is said: as many as most guests have CPUs.
 const QUEUES_DEFAULT: u16 = 16;
 
@@ -216,7 +221,11 @@ fn run(
     if let Some(workers) = args.workers {
         options.workers = workers.into();
     }
-    let server = Server::start(options).map_err(|e| {
+    let (to, events) = sync_channel(EVENTS_WAITING_MAX);
+    // It ends when the server, which has the other end, is gone.
+    let telling = spawn_named("tidepool-events", move || tell(&events, output))
+        .map_err(|e| Failure::new("io", "the server", format!("cannot start a thread: {e}")))?;
+    let server = Server::start_reporting(options, to).map_err(|e| {
         Failure::new("io", "the server", format!("cannot start: {e}"))
             .hint("io_uring must be allowed here: see the sysctl kernel.io_uring_disabled")
     })?;
@@ -239,9 +248,30 @@ fn run(
     );
     let waited = signals.wait();
     let stop = server.shutdown();
+    // What happened last is told before the end is. A panic there was printed.
+    drop(telling.join());
     waited.map_err(|e| Failure::new("io", "signals", format!("cannot wait for them: {e}")))?;
     stop.map_err(|e| failed_to_serve(&e))?;
     Ok(Reply::new(json!({ "event": "stopped" }), "stopped\n"))
+}
+
+/// Prints what happens to clients, until nothing can any more.
+fn tell(events: &Receiver<Event>, output: Output) {
+    for event in events {
+        let kind = match event.kind {
+            EventKind::SessionRefused => "session_refused",
+            EventKind::MemoryLost => "memory_lost",
+            EventKind::QueueBroken => "queue_broken",
+            EventKind::RequestFailed => "request_failed",
+        };
+        let line = json!({
+            "event": kind,
+            "name": event.disk,
+            "reason": event.reason,
+            "left_out": event.left_out,
+        });
+        say(output, &line, &event.to_string());
+    }
 }
 
 /// Opens a socket for each disk of a pool; returns how many.

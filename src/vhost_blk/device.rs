@@ -1,7 +1,9 @@
 //! One served disk: what its sessions and queues share.
 
+use std::fmt::Display;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::SyncSender;
 
 use crate::cowdisk::Disk;
 use crate::metrics::Counter;
@@ -9,6 +11,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::virtio::blk;
 
+use super::events::{Event, EventKind, Reporter};
 use super::helpers::{Flusher, Helpers};
 use super::stats::{DiskStats, LaneStats};
 
@@ -30,6 +33,7 @@ pub(super) struct Device {
     /// does not tell us of.
     is_agreed: AtomicBool,
     stats: Mutex<Stats>,
+    reporter: Reporter,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +49,7 @@ impl Device {
         queues_max: u16,
         flusher: Arc<Flusher>,
         helpers: Arc<Helpers>,
+        events: Option<SyncSender<Event>>,
     ) -> Self {
         Self {
             disk,
@@ -55,7 +60,13 @@ impl Device {
             writeback: AtomicBool::new(true),
             is_agreed: AtomicBool::new(false),
             stats: Mutex::new(Stats::default()),
+            reporter: Reporter::new(events),
         }
+    }
+
+    /// Tells the server's owner, if it wants to know.
+    pub(super) fn report(&self, kind: EventKind, reason: &dyn Display) {
+        self.reporter.report(&self.disk.name(), kind, reason);
     }
 
     pub(super) fn features(&self) -> u64 {
@@ -136,6 +147,8 @@ impl Leash {
     pub(super) fn cut(&self) {
         if !self.is_cut.swap(true, Ordering::SeqCst) {
             self.device.lost_sessions.add(1);
+            self.device
+                .report(EventKind::MemoryLost, &"its file was truncated");
             // Fails if the client has gone by itself, which is as good.
             drop(self.stream.shutdown(Shutdown::Both));
         }

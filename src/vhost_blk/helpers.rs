@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::thread::JoinHandle;
 
-use crate::cowdisk::{Base, CopyJob, Disk, DiskErrorKind};
+use crate::cowdisk::{Base, CopyJob, Disk, DiskError, DiskErrorKind};
 use crate::sync::{Arc, Condvar, Mutex, spawn_named};
 use crate::sys::buffer::AlignedBuf;
 use crate::virtio::blk::Range;
@@ -39,13 +39,29 @@ pub(super) enum Work {
     },
 }
 
+/// Why work on another thread failed.
+#[derive(Debug, Clone)]
+pub(super) struct WorkFailed {
+    pub(super) kind: DiskErrorKind,
+    pub(super) reason: Arc<str>,
+}
+
+impl From<DiskError> for WorkFailed {
+    fn from(error: DiskError) -> Self {
+        Self {
+            kind: error.kind(),
+            reason: error.to_string().into(),
+        }
+    }
+}
+
 impl Work {
-    fn run(self) -> (Result<(), DiskErrorKind>, Option<AlignedBuf>) {
+    fn run(self) -> (Result<(), WorkFailed>, Option<AlignedBuf>) {
         match self {
-            Self::Copy(disk, job) => (disk.run_copy(job).map_err(|e| e.kind()), None),
+            Self::Copy(disk, job) => (disk.run_copy(job).map_err(WorkFailed::from), None),
             Self::Zero(disk, range) => {
                 let result = disk.write_zeroes(range.offset, range.len, range.may_unmap);
-                (result.map_err(|e| e.kind()), None)
+                (result.map_err(WorkFailed::from), None)
             }
             Self::Base {
                 base,
@@ -54,7 +70,11 @@ impl Work {
                 mut buffer,
             } => {
                 let result = base.read_at(&mut buffer.bytes_mut()[..len], offset);
-                (result.map_err(|_io| DiskErrorKind::Io), Some(buffer))
+                let failed = |error| WorkFailed {
+                    kind: DiskErrorKind::Io,
+                    reason: format!("reading the base image: {error}").into(),
+                };
+                (result.map_err(failed), Some(buffer))
             }
         }
     }
@@ -200,7 +220,7 @@ impl Flusher {
 fn flush_rounds(channel: &Channel<(Disk, Ticket)>) {
     while let Some(mut round) = channel.pop_all() {
         let result = match round.front() {
-            Some((disk, _)) => disk.flush().map_err(|e| e.kind()),
+            Some((disk, _)) => disk.flush().map_err(WorkFailed::from),
             None => Ok(()),
         };
         while let Some((_, first)) = round.front() {
@@ -211,11 +231,10 @@ fn flush_rounds(channel: &Channel<(Disk, Ticket)>) {
             round = rest;
             let mine: VecDeque<(Disk, Ticket)> = mine;
             worker.post_all(mine.into_iter().map(|(_, ticket)| {
-                let (task, part) = (ticket.task, ticket.part);
                 Message::Done(Done {
-                    task,
-                    part,
-                    result,
+                    task: ticket.task,
+                    part: ticket.part,
+                    result: result.clone(),
                     buffer: None,
                 })
             }));

@@ -1,5 +1,6 @@
 //! One virtqueue on its worker.
 
+use std::fmt::Display;
 use std::sync::mpsc::SyncSender;
 
 use crate::cowdisk::Tier;
@@ -10,6 +11,7 @@ use crate::sys::uring::{FileIndex, PollHandle};
 use crate::virtio::queue::SplitQueue;
 
 use super::device::{Device, Leash};
+use super::events::EventKind;
 use super::files::LaneFiles;
 use super::stats::LaneStats;
 
@@ -76,10 +78,11 @@ impl Lane {
     }
 
     /// Gives the queue up.
-    pub(super) fn break_down(&mut self) {
+    pub(super) fn break_down(&mut self, reason: &dyn Display) {
         if self.is_taking() {
             self.state = LaneState::Broken;
             self.stats.record_broken();
+            self.device.report(EventKind::QueueBroken, reason);
             signal(self.error.as_deref());
         }
     }
@@ -87,7 +90,7 @@ impl Lane {
     /// Gives the queue and its session up if its memory was taken away.
     pub(super) fn check_memory(&mut self) {
         if self.memory.is_lost() {
-            self.break_down();
+            self.break_down(&"guest memory is gone");
             self.leash.cut();
         }
     }

@@ -4,7 +4,6 @@ use std::io;
 use std::sync::mpsc::SyncSender;
 use std::task::Wake;
 
-use crate::cowdisk::DiskErrorKind;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::sys::buffer::AlignedBuf;
@@ -13,6 +12,7 @@ use crate::sys::mmap::GuestMemory;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
 
 use super::device::{Device, Leash};
+use super::helpers::WorkFailed;
 
 /// A queue that is being served, as its worker knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub(super) struct Done {
     pub(super) task: u32,
     /// Which piece of the request, where it has several.
     pub(super) part: u32,
-    pub(super) result: Result<(), DiskErrorKind>,
+    pub(super) result: Result<(), WorkFailed>,
     pub(super) buffer: Option<AlignedBuf>,
 }
 

@@ -17,6 +17,7 @@
 
 mod bounce;
 mod device;
+mod events;
 mod files;
 mod helpers;
 mod lane;
@@ -30,6 +31,7 @@ mod worker;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Weak;
+use std::sync::mpsc::SyncSender;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -39,6 +41,7 @@ use crate::cowdisk::{Disk, DiskError};
 use crate::sync::{Arc, Mutex, spawn_named};
 
 use device::Device;
+pub use events::{Event, EventKind};
 use helpers::{Flusher, Helpers};
 use listen::{Assign, Port, Reception};
 pub use stats::{DiskStats, OpCounts};
@@ -118,6 +121,7 @@ pub struct Server {
     reception: Arc<Reception>,
     acceptor: Option<JoinHandle<()>>,
     ports: Mutex<Ports>,
+    events: Option<SyncSender<Event>>,
 }
 
 #[derive(Debug, Default)]
@@ -134,6 +138,19 @@ impl Server {
     /// # Errors
     /// No threads, no memory, or io_uring is not allowed here (`kernel.io_uring_disabled`).
     pub fn start(options: ServerOptions) -> io::Result<Self> {
+        Self::start_with(options, None)
+    }
+
+    /// As [`Server::start`], and tells `events` what happens to the clients. It never waits there:
+    /// what does not fit is counted in the next [`Event`].
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_reporting(options: ServerOptions, events: SyncSender<Event>) -> io::Result<Self> {
+        Self::start_with(options, Some(events))
+    }
+
+    fn start_with(options: ServerOptions, events: Option<SyncSender<Event>>) -> io::Result<Self> {
         let ServerOptions {
             workers,
             no_space_timeout,
@@ -171,6 +188,7 @@ impl Server {
             reception,
             acceptor: Some(acceptor),
             ports: Mutex::new(Ports::default()),
+            events,
         })
     }
 
@@ -202,6 +220,7 @@ impl Server {
             queues_max,
             flusher,
             Arc::clone(&self.helpers),
+            self.events.clone(),
         ));
         let port =
             Port::bind(device, socket, ports.added).map_err(|source| ServeError::Socket {

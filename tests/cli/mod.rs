@@ -206,6 +206,13 @@ impl Server {
         names.collect()
     }
 
+    /// What it tells of next.
+    pub(crate) fn next_event(&mut self) -> Value {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).expect("reads");
+        serde_json::from_str(&line).expect("a JSON object a line")
+    }
+
     /// How it ended, once it has.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         self.child.wait().expect("ends")

@@ -3,10 +3,11 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tidepool::vhost_blk::{DiskStats, Server, ServerOptions};
+use tidepool::vhost_blk::{DiskStats, Event, Server, ServerOptions};
 
 use crate::client::{Ram, Vq, WRITE, Wire, feature, req};
 use crate::disk::{self, Kind};
@@ -36,6 +37,7 @@ pub struct Bench {
     pub dir: TempDir,
     pub server: Server,
     pub socket: PathBuf,
+    pub events: Receiver<Event>,
 }
 
 pub fn options() -> ServerOptions {
@@ -58,7 +60,8 @@ impl Bench {
         make: impl FnOnce(&Path) -> tidepool::cowdisk::Disk,
     ) -> Self {
         let dir = TempDir::new().expect("a directory");
-        let server = Server::start(options).expect("a server");
+        let (to, events) = sync_channel(64);
+        let server = Server::start_reporting(options, to).expect("a server");
         let socket = dir.path().join("disk.sock");
         server
             .add(make(dir.path()), &socket, 4)
@@ -67,6 +70,7 @@ impl Bench {
             dir,
             server,
             socket,
+            events,
         }
     }
 

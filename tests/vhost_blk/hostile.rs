@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use tidepool::sys::clock;
-use tidepool::vhost_blk::ServerOptions;
+use tidepool::vhost_blk::{Event, EventKind, ServerOptions};
 
 use crate::client::{Desc, INDIRECT, NEXT, Ram, Random, Vq, WRITE, Wire, feature, req, seed};
 use crate::disk::{self, Kind};
@@ -62,6 +62,15 @@ fn breaks(what: &str, attack: impl FnOnce(&mut Guest)) {
     };
     assert_eq!(broken("disk"), Some(1), "{what}");
     assert_eq!(broken("other"), Some(0), "{what}");
+    let events: Vec<Event> = bench.events.try_iter().collect();
+    let [event] = events.as_slice() else {
+        panic!("{what}: {events:?}");
+    };
+    assert_eq!(
+        (event.disk.as_str(), event.kind),
+        ("disk", EventKind::QueueBroken)
+    );
+    assert!(!event.reason.is_empty(), "{what}");
     // A client that starts afresh is served.
     drop(guest);
     let mut again = Guest::boot(&bench.socket, MODERN);

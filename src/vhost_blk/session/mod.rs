@@ -20,6 +20,7 @@ use crate::virtio::blk;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
 
 use crate::vhost_blk::device::{Device, Leash};
+use crate::vhost_blk::events::EventKind;
 use crate::vhost_blk::mailbox::{LaneId, Mailbox, Message, Start};
 
 /// Most memory regions a client may map.
@@ -207,6 +208,13 @@ impl State {
         Ok(())
     }
 
+    /// Why the session ends, unless its client simply left.
+    fn report(&self, error: &Error) {
+        if !matches!(error, Error::Disconnected | Error::SocketBroken(_)) {
+            self.device.report(EventKind::SessionRefused, error);
+        }
+    }
+
     fn reset(&mut self) {
         self.stop_all();
         self.vrings
@@ -246,7 +254,12 @@ impl Session {
             heard,
         });
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
-        while next() && requests.handle_request().is_ok() {}
+        while next() {
+            if let Err(error) = requests.handle_request() {
+                session.state.lock().report(&error);
+                break;
+            }
+        }
         draining();
         session.state.lock().stop_all();
     }

@@ -12,6 +12,7 @@
 
 mod moving;
 
+use std::fmt::Display;
 use std::time::Instant;
 
 use crate::cowdisk::{DiskError, DiskErrorKind, Padding, Pass, Source, Step, Tier, WritePlan};
@@ -20,7 +21,8 @@ use crate::sys::mmap::GuestPin;
 use crate::sys::uring::Completion;
 use crate::virtio::blk::{Op, Request, Status};
 
-use crate::vhost_blk::helpers::Work;
+use crate::vhost_blk::events::EventKind;
+use crate::vhost_blk::helpers::{Work, WorkFailed};
 use crate::vhost_blk::lane::Lane;
 
 pub(super) use moving::{Mover, task_of};
@@ -171,7 +173,7 @@ impl Task {
         let planned = disk.plan_read(pass, self.request.offset, self.request.len, &mut segments);
         if let Err(error) = planned {
             mover.context.segments.replace(segments);
-            return Next::Finish(status_of(&error));
+            return failed_with(mover, &error);
         }
         self.stage = Stage::Reading;
         for segment in &segments {
@@ -205,7 +207,7 @@ impl Task {
         let disk = &mover.lane.device.disk;
         let (offset, len) = (self.request.offset, self.request.len);
         match disk.plan_write(pass, offset, len, &mut self.plan, &mover.context.waker) {
-            Err(error) => self.refused(&error),
+            Err(error) => self.refused(mover, &error),
             Ok(Step::Ready) => {
                 // `full_since` stays: the host may have no space although the pool has.
                 self.stage = Stage::Writing;
@@ -241,11 +243,11 @@ impl Task {
         }
     }
 
-    fn refused(&mut self, error: &DiskError) -> Next {
+    fn refused(&mut self, mover: &Mover<'_>, error: &DiskError) -> Next {
         if error.kind() == DiskErrorKind::NoSpace {
             return self.retreat(Next::Full);
         }
-        Next::Finish(status_of(error))
+        failed_with(mover, error)
     }
 
     fn unmap(&mut self, mover: &mut Mover<'_>) -> Next {
@@ -268,7 +270,7 @@ impl Task {
                 disk.plan_zeroes(pass, range.offset, range.len, range.may_unmap, waker)
             };
             match planned {
-                Err(error) => return self.refused(&error),
+                Err(error) => return self.refused(mover, &error),
                 Ok(Step::Done | Step::Ready) => {
                     self.full_since = None;
                     self.ranges_done += 1;
@@ -317,7 +319,7 @@ impl Task {
     /// One ring operation ended.
     pub(super) fn moved(&mut self, mover: &mut Mover<'_>, completion: Completion) -> Next {
         let is_ok = completion.result.is_ok();
-        self.note(completion.result);
+        self.note(mover, completion.result);
         self.unbounce(mover, part_of(completion.token), completion.buffer, is_ok);
         self.pending -= 1;
         self.settle_if_done(mover)
@@ -328,14 +330,18 @@ impl Task {
         &mut self,
         mover: &mut Mover<'_>,
         part: u32,
-        result: Result<(), DiskErrorKind>,
+        result: Result<(), WorkFailed>,
         buffer: Option<AlignedBuf>,
     ) -> Next {
         let part = usize::try_from(part)
             .ok()
             .and_then(|part| part.checked_sub(1));
         self.unbounce(mover, part, buffer, result.is_ok());
-        if let Err(kind) = result {
+        if let Err(WorkFailed { kind, reason }) = result {
+            if kind != DiskErrorKind::NoSpace {
+                let device = &mover.lane.device;
+                device.report(EventKind::RequestFailed, &reason);
+            }
             self.failure = Some(kind);
         }
         self.pending -= 1;
@@ -393,6 +399,8 @@ fn failed(kind: DiskErrorKind) -> Next {
     }
 }
 
-fn status_of(_error: &DiskError) -> Status {
-    Status::IoErr
+fn failed_with(mover: &Mover<'_>, error: &dyn Display) -> Next {
+    let device = &mover.lane.device;
+    device.report(EventKind::RequestFailed, error);
+    Next::Finish(Status::IoErr)
 }

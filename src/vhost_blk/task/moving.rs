@@ -6,6 +6,7 @@ use crate::sys::buffer::AlignedBuf;
 use crate::sys::mmap::{GuestRun, IOV_MAX, cut_runs};
 use crate::sys::uring::{FileIndex, Ring};
 use crate::vhost_blk::bounce::{Bounce, LARGE};
+use crate::vhost_blk::events::EventKind;
 use crate::vhost_blk::helpers::{Ticket, Work};
 use crate::vhost_blk::lane::Lane;
 use crate::vhost_blk::worker::Context;
@@ -87,7 +88,7 @@ impl Task {
             Some(fd) if piece.is_write => memory.write_to(fd, mover.runs, piece.offset),
             Some(fd) => memory.read_from(fd, mover.runs, piece.offset),
         };
-        self.note(result);
+        self.note(mover, result);
     }
 
     pub(super) fn move_ring(&mut self, mover: &mut Mover<'_>, piece: Piece, is_aligned: bool) {
@@ -207,7 +208,7 @@ impl Task {
         self.pin().zero(mover.runs);
     }
 
-    pub(super) fn note(&mut self, result: std::io::Result<()>) {
+    pub(super) fn note(&mut self, mover: &Mover<'_>, result: std::io::Result<()>) {
         if let Err(error) = result {
             let is_full = matches!(
                 error.kind(),
@@ -216,6 +217,8 @@ impl Task {
             self.failure = Some(if is_full {
                 DiskErrorKind::NoSpace
             } else {
+                let device = &mover.lane.device;
+                device.report(EventKind::RequestFailed, &error);
                 DiskErrorKind::Io
             });
         }

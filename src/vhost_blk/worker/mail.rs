@@ -53,7 +53,7 @@ impl Worker {
                 if let Some(lane) = lane_mut(&mut self.lanes, index) {
                     match lane.queue.rebind(&memory, rings) {
                         Ok(()) => lane.memory = GuestPin::new(memory),
-                        Err(_fault) => lane.break_down(),
+                        Err(fault) => lane.break_down(&fault),
                     }
                     // It may have been lost before this lane had it.
                     lane.check_memory();

@@ -260,7 +260,7 @@ impl Worker {
             match lane.queue.arm() {
                 Ok(false) => lane.state = LaneState::Armed,
                 Ok(true) => self.rouse(index),
-                Err(_fault) => lane.break_down(),
+                Err(fault) => lane.break_down(&fault),
             }
         }
         !self.ready.is_empty()
@@ -290,10 +290,13 @@ impl Worker {
             }
             if token & TOKEN_KICK != 0 {
                 let index = task_of(token);
-                if completion.result.is_ok() {
-                    self.rouse(index);
-                } else if let Some(lane) = lane_mut(&mut self.lanes, index) {
-                    lane.break_down();
+                match completion.result {
+                    Ok(()) => self.rouse(index),
+                    Err(error) => {
+                        if let Some(lane) = lane_mut(&mut self.lanes, index) {
+                            lane.break_down(&format_args!("its kick eventfd failed: {error}"));
+                        }
+                    }
                 }
                 continue;
             }

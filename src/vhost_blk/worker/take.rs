@@ -6,6 +6,7 @@ use crate::virtio::blk::{Op, Status};
 use crate::virtio::queue::Chain;
 
 use super::{FULL_RETRY, Parked, TURN, Worker, lane, lane_mut};
+use crate::vhost_blk::events::EventKind;
 use crate::vhost_blk::lane::LaneState;
 use crate::vhost_blk::task::{Mover, Next, Task};
 
@@ -59,13 +60,13 @@ impl Worker {
         match lane.queue.pop(&lane.memory, chain) {
             Ok(true) => {}
             Ok(false) => return Some(false),
-            Err(_fault) => {
-                lane.break_down();
+            Err(fault) => {
+                lane.break_down(&fault);
                 return None;
             }
         }
         if lane.in_flight >= lane.queue.size() {
-            lane.break_down();
+            lane.break_down(&"more requests are in flight than the queue has entries");
             return None;
         }
         let id = self.free.pop().unwrap_or_else(|| {
@@ -81,11 +82,14 @@ impl Worker {
         let parsed = task
             .request
             .parse(&lane.memory, chain, lane.device.disk.size());
-        let Ok(verdict) = parsed else {
-            lane.break_down();
-            self.tasks[slot] = Some(task);
-            self.free.push(id);
-            return None;
+        let verdict = match parsed {
+            Ok(verdict) => verdict,
+            Err(fault) => {
+                lane.break_down(&fault);
+                self.tasks[slot] = Some(task);
+                self.free.push(id);
+                return None;
+            }
         };
         lane.in_flight += 1;
         task.memory = Some(lane.memory.clone());
@@ -138,7 +142,12 @@ impl Worker {
             return next;
         }
         let since = *task.full_since.get_or_insert(self.now);
-        if self.now.saturating_duration_since(since) >= self.options.no_space_timeout {
+        let limit = self.options.no_space_timeout;
+        if self.now.saturating_duration_since(since) >= limit {
+            if let Some(lane) = lane(&self.lanes, task.lane) {
+                let reason = format_args!("there was no space for {} s", limit.as_secs());
+                lane.device.report(EventKind::RequestFailed, &reason);
+            }
             return Next::Finish(Status::IoErr);
         }
         next
