@@ -7,16 +7,30 @@ use crate::format::units::index;
 use crate::sync::OnceLock;
 use crate::sync::atomic::{AtomicU32, Ordering};
 
-const CHUNK: usize = 1 << 16;
+/// Counts in a chunk, and chunks in a table: 2^12 x 2^10 x 2^10 are all there can be.
+const CHUNK: usize = 1 << 12;
+const TABLE: usize = 1 << 10;
 type Chunk = Box<[AtomicU32]>;
+type Table = Box<[OnceLock<Chunk>]>;
 
-/// A count for each cluster there can ever be, in chunks made when first touched.
+/// A count for each cluster there can ever be, in chunks made when first touched: a small pool
+/// takes little memory, and little time to open.
 pub struct Counts {
-    chunks: Box<[OnceLock<Chunk>]>,
+    tables: Box<[OnceLock<Table>]>,
 }
 
 fn new_chunk() -> Chunk {
     (0..CHUNK).map(|_| AtomicU32::new(0)).collect()
+}
+
+fn new_table() -> Table {
+    (0..TABLE).map(|_| OnceLock::new()).collect()
+}
+
+/// Places of a cluster: in the tables, in its table, in its chunk.
+fn split(cluster: u32) -> [usize; 3] {
+    let at = index(cluster);
+    [at / CHUNK / TABLE, at / CHUNK % TABLE, at % CHUNK]
 }
 
 impl std::fmt::Debug for Counts {
@@ -30,7 +44,7 @@ impl Counts {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            chunks: (0..CHUNK).map(|_| OnceLock::new()).collect(),
+            tables: (0..TABLE).map(|_| OnceLock::new()).collect(),
         }
     }
 
@@ -47,9 +61,9 @@ impl Counts {
     }
 
     fn at(&self, cluster: u32) -> &AtomicU32 {
-        let at = index(cluster);
-        let chunk = self.chunks[at / CHUNK].get_or_init(new_chunk);
-        &chunk[at % CHUNK]
+        let [table, chunk, place] = split(cluster);
+        let table = self.tables[table].get_or_init(new_table);
+        &table[chunk].get_or_init(new_chunk)[place]
     }
 
     /// References to `cluster`, those dropped but not yet durably and finally dropped included (R5).
@@ -68,11 +82,13 @@ impl Counts {
     /// As [`Counts::retain`], while nobody else has the counts: at open, where most of the time goes
     /// into waiting for memory, an atomic addition would wait for each place before the next.
     pub fn retain_alone(&mut self, cluster: u32) {
-        let at = index(cluster);
-        let chunk = &mut self.chunks[at / CHUNK];
+        let [table, chunk, place] = split(cluster);
+        let table = &mut self.tables[table];
+        table.get_or_init(new_table);
+        let chunk = &mut table.get_mut().expect("just made")[chunk];
         chunk.get_or_init(new_chunk);
         let chunk = chunk.get_mut().expect("just made");
-        *chunk[at % CHUNK].get_mut() += 1;
+        *chunk[place].get_mut() += 1;
     }
 
     /// One reference fewer; returns how many are left.
