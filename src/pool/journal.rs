@@ -179,7 +179,11 @@ impl Journal {
         loop {
             let found = match self.read_here(storage)? {
                 Some(found) => Some(found),
-                None if self.may_continue_in_other_half() => self.read_in_other_half(storage)?,
+                None if self.may_continue_in_other_half() => {
+                    // The next batch may be there by a mistake of the device, and the others here.
+                    self.refuse_if_later_batches(storage)?;
+                    self.read_in_other_half(storage)?
+                }
                 None => None,
             };
             let Some((header, records)) = found else {
@@ -296,11 +300,11 @@ impl Journal {
         let blocks = (end - self.used.min(end)) / BLOCK;
         places.extend((1..blocks).map(|n| (self.active, self.used + n * BLOCK)));
         places.push((1 - self.active, 0));
+        let mut block = AlignedBuf::new(len_of(BLOCK));
         for (half, used) in places {
             if used + BLOCK > self.half_len {
                 continue;
             }
-            let mut block = AlignedBuf::new(len_of(BLOCK));
             let at = self.at[index(half)] + used;
             storage
                 .read_at(&mut block, at)
