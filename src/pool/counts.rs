@@ -52,12 +52,12 @@ impl Counts {
     #[must_use]
     pub fn none() -> Self {
         Self {
-            chunks: Box::default(),
+            tables: Box::default(),
         }
     }
 
     fn is_none(&self) -> bool {
-        self.chunks.is_empty()
+        self.tables.is_empty()
     }
 
     fn at(&self, cluster: u32) -> &AtomicU32 {

@@ -5,10 +5,14 @@
 mod aligned;
 #[cfg(test)]
 mod conformance;
+mod crash;
 mod file;
 mod medium;
 mod open;
+mod pages;
+mod plan;
 pub mod sim;
+mod watch;
 
 use std::fmt::Debug;
 use std::io;

@@ -10,91 +10,16 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::BorrowedFd;
 
+use super::crash::Draw;
 use super::medium::{Medium, Rng};
+use super::plan::Fault;
+pub use super::plan::{Counters, Harm, Op};
+pub use super::watch::{Crash, Moment, Watcher};
 use super::{BLOCK, Storage, Tier};
 use crate::sync::Mutex;
 
 /// Linux's number for a failed transfer, the usual choice for [`SimStorage::fail`].
 pub const EIO: i32 = 5;
-
-/// The operations faults are planned for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Op {
-    /// [`Storage::read_at`].
-    Read,
-    /// [`Storage::write_at`].
-    Write,
-    /// [`Storage::write_durable_at`].
-    WriteDurable,
-    /// [`Storage::flush`].
-    Flush,
-    /// [`Storage::punch`].
-    Punch,
-    /// [`Storage::allocate`].
-    Allocate,
-    /// [`Storage::set_len`].
-    SetLen,
-}
-
-/// How many operations of each kind were begun, failed ones included, requests refused for their
-/// range not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counters {
-    /// [`Op::Read`].
-    pub reads: u64,
-    /// [`Op::Write`].
-    pub writes: u64,
-    /// [`Op::WriteDurable`].
-    pub durable_writes: u64,
-    /// [`Op::Flush`].
-    pub flushes: u64,
-    /// [`Op::Punch`].
-    pub punches: u64,
-    /// [`Op::Allocate`].
-    pub allocates: u64,
-    /// [`Op::SetLen`].
-    pub set_lens: u64,
-}
-
-impl Counters {
-    /// All but the reads: the moments at which a power cut can make a difference.
-    #[must_use]
-    pub fn changes(&self) -> u64 {
-        self.writes
-            + self.durable_writes
-            + self.flushes
-            + self.punches
-            + self.allocates
-            + self.set_lens
-    }
-
-    /// The counter of one kind.
-    #[must_use]
-    pub fn of(&self, op: Op) -> u64 {
-        let mut copy = *self;
-        *copy.slot(op)
-    }
-
-    fn slot(&mut self, op: Op) -> &mut u64 {
-        match op {
-            Op::Read => &mut self.reads,
-            Op::Write => &mut self.writes,
-            Op::WriteDurable => &mut self.durable_writes,
-            Op::Flush => &mut self.flushes,
-            Op::Punch => &mut self.punches,
-            Op::Allocate => &mut self.allocates,
-            Op::SetLen => &mut self.set_lens,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Fault {
-    op: Op,
-    /// The value of the counter of `op` at which it strikes.
-    at: u64,
-    errno: i32,
-}
 
 struct State {
     medium: Medium,
@@ -105,13 +30,44 @@ struct State {
     is_off: bool,
     has_slow_holes: bool,
     rng: Rng,
+    watcher: Option<Watcher>,
+}
+
+impl State {
+    /// Shows the disk, in the middle of an operation, to whoever watches.
+    fn show(&mut self, op: Op) {
+        if let Some(watcher) = &mut self.watcher {
+            let medium = &self.medium;
+            watcher(&Moment::new(medium, op));
+        }
+    }
+
+    /// Which of the blocks of a write that fails are done.
+    fn partly(&mut self, is_short: bool, blocks: usize) -> impl FnMut() -> bool + use<> {
+        let rng = &mut self.rng;
+        let kept: Vec<bool> = (0..blocks)
+            .map(|n| {
+                if is_short {
+                    n < blocks / 2
+                } else {
+                    rng.below(2) == 0
+                }
+            })
+            .collect();
+        let mut kept = kept.into_iter();
+        move || kept.next().unwrap_or(false)
+    }
 }
 
 /// What becomes of an operation.
 enum Fate {
     Works,
-    /// Fails, half done.
-    Fails(io::Error),
+    /// Fails, half done: the first half, or any.
+    Fails(io::Error, bool),
+    /// Only seems to work.
+    Lost,
+    /// Is done at another byte.
+    Elsewhere(u64),
     /// Was in flight when the power went: a crash may find any part of it.
     Cut,
 }
@@ -136,7 +92,7 @@ impl SimStorage {
         Self::from_medium(Medium::new(len))
     }
 
-    fn from_medium(medium: Medium) -> Self {
+    pub(super) fn from_medium(medium: Medium) -> Self {
         Self {
             state: Mutex::new(State {
                 medium,
@@ -146,6 +102,7 @@ impl SimStorage {
                 is_off: false,
                 has_slow_holes: false,
                 rng: Rng(0),
+                watcher: None,
             }),
         }
     }
@@ -159,9 +116,43 @@ impl SimStorage {
     /// write has written some of its blocks; what a failed flush or durable write was to save is
     /// not saved by any later flush either, as on Linux, until it is written again.
     pub fn fail(&self, op: Op, skip: u64, errno: i32) {
+        self.harm(op, skip, Harm::Fails(errno));
+    }
+
+    /// As [`SimStorage::fail`], for any harm.
+    pub fn harm(&self, op: Op, skip: u64, harm: Harm) {
         let mut state = self.state.lock();
         let at = state.counters.of(op) + skip;
-        state.faults.push(Fault { op, at, errno });
+        let op = Some(op);
+        state.faults.push(Fault { op, at, harm });
+    }
+
+    /// As [`SimStorage::harm`], for the operation after `skip` more of any kind.
+    pub fn harm_any(&self, skip: u64, harm: Harm) {
+        let mut state = self.state.lock();
+        let at = state.counters.all() + skip;
+        state.faults.push(Fault { op: None, at, harm });
+    }
+
+    /// Has `watcher` called in the middle of every changing operation: one that writes has
+    /// written, but nothing of it is durable; a flush has saved nothing yet. Whatever a crash
+    /// between two operations can leave, one in the middle of the next can. The watcher must not
+    /// use this disk.
+    pub fn watch(&self, watcher: Option<Watcher>) {
+        self.state.lock().watcher = watcher;
+    }
+
+    /// Shows the disk as it is between two operations.
+    pub fn look<T>(&self, look: impl FnOnce(&Moment<'_>) -> T) -> T {
+        let medium = &self.state.lock().medium;
+        let op = Op::Read;
+        look(&Moment::new(medium, op))
+    }
+
+    /// Everything is durable at once from here on: for a disk that will not crash again, which is
+    /// quicker so.
+    pub fn forget_versions(&self) {
+        self.state.lock().medium.forget();
     }
 
     /// Forgets the faults planned by [`SimStorage::fail`].
@@ -216,26 +207,19 @@ impl SimStorage {
     /// on, everything durable; this one is not changed.
     #[must_use]
     pub fn crash(&self, seed: u64) -> Self {
-        self.after_crash(|medium| medium.crash(seed))
+        self.image(|medium| medium.draw(seed))
     }
 
     /// As [`SimStorage::crash`], where nothing survived that no flush had saved.
     #[must_use]
     pub fn crash_all_lost(&self) -> Self {
-        self.after_crash(Medium::crash_all_lost)
+        self.image(Medium::draw_all_lost)
     }
 
     /// As [`SimStorage::crash`], where everything survived.
     #[must_use]
     pub fn crash_all_kept(&self) -> Self {
-        self.after_crash(Medium::crash_all_kept)
-    }
-
-    fn after_crash(&self, crash: impl FnOnce(&Medium) -> Medium) -> Self {
-        let state = self.state.lock();
-        let after = Self::from_medium(crash(&state.medium));
-        after.set_slow_holes(state.has_slow_holes);
-        after
+        self.image(Medium::draw_all_kept)
     }
 
     /// What the next process finds when this one is killed but the power stays on: the present
@@ -244,14 +228,25 @@ impl SimStorage {
     /// not durable.
     #[must_use]
     pub fn kill(&self) -> Self {
-        Self::from_medium(self.state.lock().medium.clone())
+        let state = self.state.lock();
+        let next = Self::from_medium(state.medium.clone());
+        next.set_slow_holes(state.has_slow_holes);
+        next
     }
 
     /// Every distinct disk a crash now may leave behind, if there are at most `max`.
     #[must_use]
     pub fn images(&self, max: usize) -> Option<impl Iterator<Item = Self> + use<>> {
-        let images = self.state.lock().medium.images(max)?;
-        Some(images.map(Self::from_medium))
+        let medium = self.state.lock().medium.clone();
+        let draws = medium.draws(max)?.into_iter();
+        Some(draws.map(move |draw| Self::from_medium(medium.image(&draw))))
+    }
+
+    fn image(&self, draw: impl FnOnce(&Medium) -> Draw) -> Self {
+        let state = self.state.lock();
+        let after = Self::from_medium(state.medium.image(&draw(&state.medium)));
+        after.set_slow_holes(state.has_slow_holes);
+        after
     }
 
     /// Runs `body` on the state with the fate of an operation of kind `op` on a range.
@@ -276,16 +271,24 @@ impl SimStorage {
                 ErrorKind::InvalidInput.into()
             });
         }
-        let count = state.counters.of(op);
+        let (count, all) = (state.counters.of(op), state.counters.all());
         let is_cut = op != Op::Read && state.cut_at == Some(state.counters.changes());
         *state.counters.slot(op) += 1;
         state.medium.begin();
-        let planned = |fault: &&Fault| fault.op == op && fault.at == count;
+        let planned = |fault: &&Fault| match fault.op {
+            Some(kind) => kind == op && fault.at == count,
+            None => fault.at == all,
+        };
         let fate = if is_cut {
             state.is_off = true;
             Fate::Cut
         } else if let Some(fault) = state.faults.iter().find(planned) {
-            Fate::Fails(io::Error::from_raw_os_error(fault.errno))
+            match fault.harm {
+                Harm::Fails(errno) => Fate::Fails(io::Error::from_raw_os_error(errno), false),
+                Harm::Short(errno) => Fate::Fails(io::Error::from_raw_os_error(errno), true),
+                Harm::Lost => Fate::Lost,
+                Harm::Elsewhere(at) => Fate::Elsewhere(at),
+            }
         } else {
             Fate::Works
         };
@@ -307,70 +310,86 @@ impl fmt::Debug for SimStorage {
 
 impl Storage for SimStorage {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.operate(
-            Op::Read,
-            (offset, buf.len() as u64),
-            |state, fate| match fate {
-                Fate::Works => {
-                    state.medium.read(buf, offset);
-                    Ok(())
-                }
-                Fate::Fails(error) => Err(error),
-                Fate::Cut => Err(power_is_off()),
-            },
-        )
+        let range = (offset, buf.len() as u64);
+        self.operate(Op::Read, range, |state, fate| match fate {
+            Fate::Works => {
+                state.medium.read(buf, offset);
+                Ok(())
+            }
+            Fate::Elsewhere(at) => {
+                let last = state.medium.len() - buf.len() as u64;
+                state.medium.read(buf, at.min(last));
+                Ok(())
+            }
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, _) => Err(error),
+            Fate::Cut => Err(power_is_off()),
+        })
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.operate(
-            Op::Write,
-            (offset, buf.len() as u64),
-            |state, fate| match fate {
-                Fate::Works => state.medium.write(buf, offset, || true),
-                Fate::Fails(error) => {
-                    let rng = &mut state.rng;
-                    state.medium.write(buf, offset, || rng.below(2) == 0)?;
-                    Err(error)
-                }
-                Fate::Cut => {
-                    state.medium.write(buf, offset, || true)?;
-                    Err(power_is_off())
-                }
-            },
-        )
+        let range = (offset, buf.len() as u64);
+        self.operate(Op::Write, range, |state, fate| match fate {
+            Fate::Works => {
+                state.medium.write(buf, offset, || true)?;
+                state.show(Op::Write);
+                Ok(())
+            }
+            Fate::Elsewhere(at) => {
+                let last = state.medium.len() - buf.len() as u64;
+                state.medium.write(buf, at.min(last), || true)
+            }
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, is_short) => {
+                let keep = state.partly(is_short, buf.len().div_ceil(512));
+                state.medium.write(buf, offset, keep)?;
+                Err(error)
+            }
+            Fate::Cut => {
+                state.medium.write(buf, offset, || true)?;
+                Err(power_is_off())
+            }
+        })
     }
 
     fn write_durable_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.operate(
-            Op::WriteDurable,
-            (offset, buf.len() as u64),
-            |state, fate| match fate {
-                Fate::Works => {
-                    state.medium.write(buf, offset, || true)?;
-                    state.medium.settle(offset, buf.len());
-                    Ok(())
-                }
-                Fate::Fails(error) => {
-                    let rng = &mut state.rng;
-                    let written = state.medium.write(buf, offset, || rng.below(2) == 0);
-                    state.medium.abandon(offset, buf.len());
-                    Err(written.err().unwrap_or(error))
-                }
-                Fate::Cut => {
-                    state.medium.write(buf, offset, || true)?;
-                    Err(power_is_off())
-                }
-            },
-        )
+        let range = (offset, buf.len() as u64);
+        self.operate(Op::WriteDurable, range, |state, fate| match fate {
+            Fate::Works => {
+                state.medium.write(buf, offset, || true)?;
+                state.show(Op::WriteDurable);
+                state.medium.settle(offset, buf.len());
+                Ok(())
+            }
+            Fate::Elsewhere(at) => {
+                let at = at.min(state.medium.len() - buf.len() as u64);
+                state.medium.write(buf, at, || true)?;
+                state.medium.settle(at, buf.len());
+                Ok(())
+            }
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, is_short) => {
+                let keep = state.partly(is_short, buf.len().div_ceil(512));
+                let written = state.medium.write(buf, offset, keep);
+                state.medium.abandon(offset, buf.len());
+                Err(written.err().unwrap_or(error))
+            }
+            Fate::Cut => {
+                state.medium.write(buf, offset, || true)?;
+                Err(power_is_off())
+            }
+        })
     }
 
     fn flush(&self) -> io::Result<()> {
         self.operate(Op::Flush, (0, 0), |state, fate| match fate {
-            Fate::Works => {
+            Fate::Works | Fate::Elsewhere(_) => {
+                state.show(Op::Flush);
                 state.medium.flush();
                 Ok(())
             }
-            Fate::Fails(error) => {
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, _) => {
                 state.medium.flush_failed();
                 Err(error)
             }
@@ -380,11 +399,13 @@ impl Storage for SimStorage {
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.operate(Op::Punch, (offset, len), |state, fate| match fate {
-            Fate::Works => {
+            Fate::Works | Fate::Elsewhere(_) => {
                 state.medium.punch(offset, len);
+                state.show(Op::Punch);
                 Ok(())
             }
-            Fate::Fails(error) => Err(error),
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, _) => Err(error),
             Fate::Cut => {
                 state.medium.punch(offset, len);
                 Err(power_is_off())
@@ -394,8 +415,9 @@ impl Storage for SimStorage {
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         self.operate(Op::Allocate, (offset, len), |state, fate| match fate {
-            Fate::Works => state.medium.allocate(offset, len),
-            Fate::Fails(error) => Err(error),
+            Fate::Works | Fate::Elsewhere(_) => state.medium.allocate(offset, len),
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, _) => Err(error),
             Fate::Cut => Err(power_is_off()),
         })
     }
@@ -413,11 +435,13 @@ impl Storage for SimStorage {
             return Err(ErrorKind::InvalidInput.into());
         }
         self.operate(Op::SetLen, (0, 0), |state, fate| match fate {
-            Fate::Works => {
+            Fate::Works | Fate::Elsewhere(_) => {
                 state.medium.set_len(len);
+                state.show(Op::SetLen);
                 Ok(())
             }
-            Fate::Fails(error) => Err(error),
+            Fate::Lost => Ok(()),
+            Fate::Fails(error, _) => Err(error),
             Fate::Cut => {
                 state.medium.set_len(len);
                 Err(power_is_off())
