@@ -319,49 +319,8 @@ impl Pool {
 
     fn apply(&mut self, oracle: &mut Oracle, change: Change, records: &mut Vec<Record>) {
         match change {
-            Change::Fork { from, is_snapshot } => {
-                let ended = self.end_generation();
-                let id = self.next_id;
-                self.next_id += 1;
-                let source = self.disk(from);
-                source.last_fork = ended;
-                let child = Disk {
-                    parent: Some(from),
-                    is_snapshot,
-                    birth: ended,
-                    changed: ended,
-                    ..source.clone()
-                };
-                self.share(&child.entries);
-                self.disks.insert(id, child);
-                let cells = oracle.now[&from].iter().map(|cell| Cell::new(cell.now()));
-                let cells = cells.collect();
-                oracle.now.insert(id, cells);
-                records.extend([from, id].map(|id| self.record(id)));
-            }
-            Change::Replace { from, to } => {
-                let ended = self.end_generation();
-                let source = self.disk(from);
-                source.last_fork = ended;
-                if !source.is_snapshot {
-                    source.birth = ended;
-                }
-                let Disk {
-                    entries,
-                    size,
-                    has_base,
-                    ..
-                } = source.clone();
-                self.drop_entries(to);
-                self.share(&entries);
-                let target = self.disk(to);
-                (target.entries, target.size, target.has_base) = (entries, size, has_base);
-                (target.last_fork, target.birth, target.changed) = (ended, ended, ended);
-                let cells = oracle.now[&from].iter().map(|cell| Cell::new(cell.now()));
-                let cells = cells.collect();
-                oracle.now.insert(to, cells);
-                records.extend([from, to].map(|id| self.record(id)));
-            }
+            Change::Fork { from, is_snapshot } => self.fork(oracle, from, is_snapshot, records),
+            Change::Replace { from, to } => self.replace(oracle, from, to, records),
             Change::Delete(id) => {
                 self.drop_entries(id);
                 self.disks.remove(&id);
@@ -395,6 +354,53 @@ impl Pool {
         }
         // Structural records say everything of their disks.
         self.dirty.clear();
+    }
+
+    fn fork(
+        &mut self,
+        oracle: &mut Oracle,
+        from: Id,
+        is_snapshot: bool,
+        records: &mut Vec<Record>,
+    ) {
+        let ended = self.end_generation();
+        let id = self.next_id;
+        self.next_id += 1;
+        let source = self.disk(from);
+        source.last_fork = ended;
+        let child = Disk {
+            parent: Some(from),
+            is_snapshot,
+            birth: ended,
+            changed: ended,
+            ..source.clone()
+        };
+        self.share(&child.entries);
+        self.disks.insert(id, child);
+        oracle.copy(from, id);
+        records.extend([from, id].map(|id| self.record(id)));
+    }
+
+    fn replace(&mut self, oracle: &mut Oracle, from: Id, to: Id, records: &mut Vec<Record>) {
+        let ended = self.end_generation();
+        let source = self.disk(from);
+        source.last_fork = ended;
+        if !source.is_snapshot {
+            source.birth = ended;
+        }
+        let Disk {
+            entries,
+            size,
+            has_base,
+            ..
+        } = source.clone();
+        self.drop_entries(to);
+        self.share(&entries);
+        let target = self.disk(to);
+        (target.entries, target.size, target.has_base) = (entries, size, has_base);
+        (target.last_fork, target.birth, target.changed) = (ended, ended, ended);
+        oracle.copy(from, to);
+        records.extend([from, to].map(|id| self.record(id)));
     }
 
     fn disk(&mut self, id: Id) -> &mut Disk {

@@ -106,6 +106,13 @@ impl Oracle {
         }
     }
 
+    /// `to` is what `from` is now, and durable with the change that makes it so.
+    pub(crate) fn copy(&mut self, from: Id, to: Id) {
+        let cells = self.now[&from].iter().map(|cell| Cell::new(cell.now()));
+        let cells = cells.collect();
+        self.now.insert(to, cells);
+    }
+
     pub(crate) fn marks(&self) -> Marks {
         let blocks = self.now.iter().flat_map(|(id, blocks)| {
             let marks = blocks.iter().map(Cell::mark).enumerate();
