@@ -117,6 +117,8 @@ struct World {
     crash_in: usize,
     /// Steps of a round at once: where flushes are quick, more can follow them.
     round_steps: usize,
+    /// One step in so many asks for a flush besides.
+    flush_in: usize,
     /// A power cut, rather than the end of the process alone, lies between now and the last time
     /// the pool was open.
     was_power_cut: bool,
@@ -129,11 +131,13 @@ pub(crate) fn run(broken: Option<Rule>, seed: u64) -> (Vec<Event>, Result<(), St
     // Histories differ in pace: a fault shows best at one or the other.
     let crash_in = [30, 80, 200][random.below(3)];
     let round_steps = [1, 2, 7][random.below(3)];
+    let flush_in = [4, 400][random.below(2)];
     let mut world = World {
         broken,
         random,
         crash_in,
         round_steps,
+        flush_in,
         device: Device::new(DEVICE_BLOCKS),
         oracle: Oracle::default(),
         phase: Phase::Down,
@@ -342,12 +346,16 @@ impl World {
                 self.device.settle(slot_at(last.seq));
                 self.device.settle(slot_at(last.seq) + 1);
             }
-            (3, _) => {
+            (3, _) if self.broken != Some(Rule::FlushAtOpening) => {
+                let began = self.device.flush_begin();
+                self.device.flush_end(began, true, |at| !is_base(at));
+            }
+            (4, _) => {
                 let number = opening.pool.journal.opening;
                 self.device.write(SUPERBLOCK, Content::Opening(number));
             }
-            (4, _) => self.device.settle(SUPERBLOCK),
-            (5, _) => {
+            (5, _) => self.device.settle(SUPERBLOCK),
+            (6, _) => {
                 let pool = opening.pool;
                 let seen = pool.disks.iter().map(|(id, disk)| {
                     let blocks = 0..disk.blocks();
@@ -375,11 +383,16 @@ impl World {
     }
 
     fn act_on(&mut self, pool: &mut Pool) -> Result<(), String> {
-        let choice = match self.job {
-            // Nobody sees the disk before that, and so no flush is asked for.
-            Some(Job::CommitToBase { is_again: true, .. }) => 99,
-            Some(_) | None => self.random.below(100),
-        };
+        if let Some(Job::CommitToBase { is_again: true, .. }) = self.job {
+            // Nobody sees the disk before that is over, and so no flush is asked for.
+            self.work(pool);
+            return Ok(());
+        }
+        if self.random.one_in(self.flush_in) && !pool.is_frozen {
+            pool.waiting += 1;
+            self.log("flush", &[]);
+        }
+        let choice = self.random.below(100);
         if pool.is_frozen && !(36..=67).contains(&choice) {
             return Ok(());
         }

@@ -222,8 +222,7 @@ impl Pool {
             dirty: BTreeSet::new(),
             requests: Vec::new(),
             next_request: 0,
-            // R11: what a process that died wrote may be in the cache still.
-            is_unflushed: broken != Some(Rule::FirstFlush),
+            is_unflushed: false,
             is_frozen: false,
             has_lost_data: false,
             waiting: 0,

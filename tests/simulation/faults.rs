@@ -168,14 +168,14 @@ pub(crate) fn every_operation(harms: &[Harm]) -> (u64, u64) {
 fn an_error_at_any_operation_loses_nothing_acknowledged() {
     let (hurt, images) = every_operation(&[Harm::Fails(EIO), Harm::Short(EIO)]);
     println!("{hurt} runs told of an error, {images} images");
-    assert!(hurt > 1000);
+    assert!(hurt > 800);
 }
 
 #[test]
 fn a_full_host_at_any_operation_loses_nothing_acknowledged() {
     let (hurt, images) = every_operation(&[Harm::Fails(ENOSPC)]);
     println!("{hurt} runs told of it, {images} images");
-    assert!(hurt > 500);
+    assert!(hurt > 400);
 }
 
 /// An opening that fails, or is refused by the device, changes nothing that the next one needs.

@@ -141,10 +141,20 @@ const LONG: Effort = Effort {
 };
 
 thread_local! {
-    static STARTS: [Start; 2] = histories::beginnings()
-        .map(|acts| Start::empty(SHORT_CLUSTERS).after(&acts));
-    static EMPTY: Start = Start::empty(CLUSTERS);
+    static STARTS: [Start; 2] = short_starts();
+    static EMPTY: [Start; 2] =
+        [Start::empty(CLUSTERS), Start::empty(CLUSTERS).with_slow_holes()];
     static LETTERS: Vec<Act> = histories::alphabet();
+}
+
+/// The beginnings of short histories, one of them on a host with slow holes.
+fn short_starts() -> [Start; 2] {
+    let [empty, family] = histories::beginnings();
+    let start = || Start::empty(SHORT_CLUSTERS);
+    [
+        start().with_slow_holes().after(&empty),
+        start().after(&family),
+    ]
 }
 
 /// Runs the short history `acts` from beginning `n`, and crashes in its last act.
@@ -194,11 +204,11 @@ fn every_sequence_of_up_to_three_acts() {
 #[test]
 fn histories_written_by_hand() {
     if let Ok(trace) = std::env::var("TIDEPOOL_TRACE") {
-        // Short ones name disks that are there before: all of their beginnings is tried.
+        // Short ones name disks that are there before: every beginning is tried.
         let acts = from_trace(&trace);
-        let beginnings = histories::beginnings();
-        let starts = beginnings.map(|acts| Start::empty(SHORT_CLUSTERS).after(&acts));
-        for start in starts.iter().chain([&Start::empty(CLUSTERS)]) {
+        let empty = Start::empty(CLUSTERS);
+        let slow = Start::empty(CLUSTERS).with_slow_holes();
+        for start in short_starts().iter().chain([&empty, &slow]) {
             if let Err(fault) = run::run_alone(start, &acts, LONG) {
                 panic!("{fault}\nTIDEPOOL_TRACE='{}'", to_trace(&acts));
             }
@@ -243,8 +253,9 @@ fn any(n: u64, scene: &Arc<Mutex<Scene>>) -> bool {
         run_short(n / 4, &acts, scene);
         return true;
     }
-    EMPTY.with(|start| {
+    EMPTY.with(|starts| {
         let acts = histories::random(seed);
+        let start = &starts[usize::from(seed % 8 >= 4)];
         if let Err(fault) = run::run(start, &acts, 0, scene) {
             report(&format!("TIDEPOOL_SEED={seed}"), start, &acts, LONG, fault);
         }

@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk, DiskError, NewDisk, Pass, WritePlan};
 use tidepool::pool::{Pool, check};
-use tidepool::storage::SimStorage;
 use tidepool::storage::sim::Moment;
+use tidepool::storage::{SimStorage, Storage};
 use tidepool::sync::Mutex;
 use tidepool::sys::clock;
 
@@ -314,6 +314,12 @@ impl Start {
         Self { storage, model }
     }
 
+    /// On a host that is slow to fill holes: small first writes then fill their clusters.
+    pub(crate) fn with_slow_holes(self) -> Self {
+        self.storage.set_slow_holes(true);
+        self
+    }
+
     /// The pool after `acts`, closed.
     pub(crate) fn after(self, acts: &[Act]) -> Self {
         let effort = Effort {
@@ -421,15 +427,17 @@ impl World {
     }
 
     /// A pool waits for requests in flight before structural changes, and before it copies the rest
-    /// of a block that is written in part; one thread cannot wait for itself.
+    /// of a block that is written in part; one thread cannot wait for itself. On a host with slow
+    /// holes a write in flight may be filling its cluster, which nobody else may touch until then.
     fn must_drain(&self, act: &Act) -> bool {
         let is_whole = |from: u64, len: u64| {
             from.is_multiple_of(crate::oracle::BLOCK) && len.is_multiple_of(crate::oracle::BLOCK)
         };
         if let Act::Write(_, from, len) | Act::Zero(_, from, len) = act {
-            return !is_whole(*from, *len);
+            return !is_whole(*from, *len) || self.storage.fills_holes_slowly();
         }
-        act.is_structural()
+        let is_change = matches!(act, Act::Begin(..) | Act::Discard(..));
+        act.is_structural() || (is_change && self.storage.fills_holes_slowly())
     }
 
     fn begin(&mut self, number: u64, name: &str, from: u64, len: u64) -> Result<(), String> {
