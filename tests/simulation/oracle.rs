@@ -316,7 +316,11 @@ impl Model {
             Act::Commit(child) => {
                 let parent = self.disks[child].parent.clone().expect("it has one");
                 let grandparent = self.disks[&parent].parent.clone();
+                let len = self.disks[&parent].now.len();
                 self.copy(child, &parent, grandparent, false);
+                // A longer parent stays so.
+                let target = self.disks.get_mut(&parent).expect("it is there");
+                target.now.resize(len.max(target.now.len()), 0);
                 self.changed(&parent);
                 self.disks.get_mut(child).expect("it is there").can_commit = true;
             }
