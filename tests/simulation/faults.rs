@@ -6,7 +6,7 @@ use crate::act::{Act, to_trace};
 use crate::common;
 use crate::histories;
 use crate::oracle::Model;
-use crate::run::{Effort, Scene, Start, World, check_image, perform};
+use crate::run::{Effort, Scene, Start, World, check_image, open_and_compare, perform};
 use std::sync::Arc;
 use tidepool::cowdisk::Disk;
 use tidepool::storage::sim::{Harm, Op};
@@ -104,7 +104,17 @@ fn check(ended: &Ended, seed: u64) -> Result<u64, String> {
     for (what, image) in images {
         check_image(&Arc::new(image), &ended.candidates).map_err(|e| format!("{what}: {e}"))?;
     }
-    Ok(count)
+    // Once it has gone on from what it found, that is not to be lost any more: the batch whose write
+    // failed is in a cache that no flush saves.
+    let next = Arc::new(storage.kill());
+    let (pool, found) = open_and_compare(&next, &ended.candidates, false)?;
+    let later = Act::Create("later".to_owned());
+    perform(&pool, &later, &found).map_err(|e| format!("the next process: {e}"))?;
+    let expected = [found.with_empty("later")];
+    for image in [next.crash_all_lost(), next.crash(seed)] {
+        check_image(&Arc::new(image), &expected).map_err(|e| format!("afterwards: {e}"))?;
+    }
+    Ok(count + 2)
 }
 
 /// The histories to be hurt: the short ones by hand, and some at random, one call at a time.

@@ -291,6 +291,19 @@ impl Model {
         before
     }
 
+    /// This with a new, empty disk, and nothing else forgotten.
+    pub(crate) fn with_empty(&self, name: &str) -> Self {
+        let mut with = self.clone();
+        let flat = Flat {
+            now: vec![0; self.sectors],
+            past: BTreeMap::new(),
+            parent: None,
+            can_commit: false,
+        };
+        with.disks.insert(name.to_owned(), flat);
+        with
+    }
+
     fn apply_structural(&mut self, act: &Act) {
         match act {
             Act::Create(name) => {

@@ -132,7 +132,7 @@ impl Scene {
 
 /// The pool that `image` holds, opened by the code that opens every pool, and the candidate that
 /// it agrees with in every sector of every disk.
-fn open_and_compare(
+pub(crate) fn open_and_compare(
     image: &Arc<SimStorage>,
     candidates: &[Model],
     is_durable: bool,
