@@ -13,9 +13,18 @@
 //! finds the device's cache, the pool works on and crashes again.
 //!
 //! Histories ([`histories`]): every sequence of up to three acts on two disks of two clusters, from
-//! two beginnings, four acts sampled; some written by hand; longer ones at random, with writes in
+//! two beginnings, four acts sampled (clusters are the smallest there are: of 32 sectors, in blocks of
+//! two); some written by hand; longer ones at random, with writes in
 //! flight. [`faults`]: errors, full devices and lies at every operation. The rules that this relies
 //! on are modelled in `tests/order_model`.
+//!
+//! What one thread cannot show, because it cannot wait for itself: that a fork drains its source (R7),
+//! and races inside a call. `pool_rules`, `engine_races` and the model have those. Time has no part in
+//! it: the pool's own work in the background is done by commits here, and nothing else looks at a clock.
+//!
+//! Broken on purpose, each was found: no data flush before the journal (`every_sequence`, by hand), a
+//! cluster claimed without asking its count (`every_sequence`), the last batch not written again at
+//! opening (`faults`), a discard that takes the cluster of a write in flight (`random_histories`).
 //!
 //! A failure prints its seed and the shortest history found that fails, as a line to repeat it:
 //! `TIDEPOOL_TRACE='create a; write a 0 5; ...'`. `TIDEPOOL_IMAGES` checks that many images,

@@ -173,6 +173,7 @@ fn cut_opening(
     is_durable: bool,
     counts: &mut Counts,
 ) -> Result<(), String> {
+    check_well(image)?;
     let images = Arc::new(Mutex::new(Vec::new()));
     let taken = Arc::clone(&images);
     image.watch(Some(Box::new(move |moment| {
