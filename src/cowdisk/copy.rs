@@ -10,6 +10,7 @@ use crate::format::journal::Entry;
 use crate::format::units::{Cluster, Lcn, SUBS, len_of};
 use crate::pool::entry::Place;
 use crate::pool::volume::Map;
+use crate::pool::woken::Woken;
 use crate::storage::AlignedBuf;
 
 /// A copy that a write waits for. While it exists its cluster of the disk is marked as being
@@ -107,6 +108,7 @@ impl Disk {
         let moved = self.move_blocks(&job);
         let pool = self.pool();
         pool.mark_written();
+        let mut freed = Woken::default();
         let mut map = self.volume().map.write();
         let is_new_cluster = job.after.own != job.before.own;
         if moved.is_ok() {
@@ -117,13 +119,15 @@ impl Disk {
             );
             map.set(&pool.space, job.lcn, job.after, pool.generation());
         } else if is_new_cluster {
-            pool.space.give_back(job.after.own..job.after.own + 1, true);
+            let cluster = job.after.own;
+            freed = pool.space.give_back(cluster..cluster + 1, true);
         }
         map.end_exclusive(job.lcn);
         pool.list_changes(self.volume(), &mut map);
         let woken = map.take_woken();
         drop(map);
         woken.wake();
+        freed.wake();
         moved
     }
 

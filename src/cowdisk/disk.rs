@@ -34,7 +34,8 @@ impl Drop for Handle {
     fn drop(&mut self) {
         if self.volume.opens.fetch_sub(1, Ordering::SeqCst) == 1 {
             // Nobody writes any more: what was set aside for the next writes is for others.
-            self.volume.map.write().drop_slab(&self.pool.space);
+            let woken = self.volume.map.write().drop_slab(&self.pool.space);
+            woken.wake();
         }
     }
 }

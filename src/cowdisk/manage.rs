@@ -185,10 +185,11 @@ fn delete(transaction: &mut Transaction<'_>, item: &Item) -> Result<(), PoolErro
     map.is_deleted = true;
     map.replace_tree(Tree::default());
     transaction.discard_changes(&mut map);
-    map.drop_slab(&pool.space);
+    let woken = map.drop_slab(&pool.space);
     pool.space.change_disk_reserve(-i64::from(map.reserve_left));
     map.reserve_left = 0;
     drop(map);
+    woken.wake();
     pool.change_catalogue(|all| all.remove(item.row.id));
     Ok(())
 }

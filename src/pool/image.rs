@@ -107,7 +107,7 @@ pub fn write(
         }
         Err(e) => {
             for range in writer.clusters {
-                space.give_back(range, true);
+                space.give_back(range, true).wake();
             }
             Err(e)
         }
@@ -255,7 +255,8 @@ impl Writer<'_> {
     }
 
     fn give_up_slab(&mut self) {
-        self.space.give_back(std::mem::take(&mut self.slab), true);
+        let rest = std::mem::take(&mut self.slab);
+        self.space.give_back(rest, true).wake();
     }
 
     /// Extent lists, the last one first, so that each names the one after it.

@@ -62,6 +62,7 @@ pub mod space;
 pub mod transaction;
 pub mod volume;
 pub mod walk;
+pub mod woken;
 
 pub use error::{PoolError, PoolErrorKind};
 pub use open::{CreateOptions, OpenOptions, Return};
@@ -81,6 +82,7 @@ use space::Space;
 use std::collections::VecDeque;
 use std::ops::Range;
 use volume::Volume;
+use woken::Woken;
 
 /// An open pool. Shared by all who use it; every method takes `&self`.
 #[derive(Debug)]
@@ -244,6 +246,13 @@ impl Pool {
     /// Releases references that nobody can use any more, `most` steps at most (a step is a cluster
     /// or a map node). `true` if some are left that could be released now.
     pub fn reap(&self, most: usize) -> bool {
+        let mut woken = Woken::default();
+        let is_left = self.reap_locked(most, &mut woken);
+        woken.wake();
+        is_left
+    }
+
+    fn reap_locked(&self, most: usize, woken: &mut Woken) -> bool {
         let mut stack = self.reaping.lock();
         let current = {
             self.epochs.try_advance();
@@ -268,7 +277,7 @@ impl Pool {
                 return false;
             };
             if let Some(cluster) = dropped.unravel(&mut stack) {
-                self.space.release(cluster);
+                woken.join(self.space.release(cluster));
             }
         }
         !stack.is_empty()
@@ -314,7 +323,7 @@ impl Pool {
         journal.set_image_seq(written.image.seq);
         let old = std::mem::replace(&mut *self.image_clusters.lock(), written.clusters);
         for range in old {
-            self.space.give_back(range, true);
+            self.space.give_back(range, true).wake();
         }
         self.keep_image_reserve();
         Ok(())

@@ -24,7 +24,8 @@ impl Pool {
     /// none to spare for that.
     pub fn take_back_slabs(&self) {
         for item in self.items() {
-            item.volume.map.write().drop_slab(&self.space);
+            let woken = item.volume.map.write().drop_slab(&self.space);
+            woken.wake();
         }
     }
 
@@ -40,7 +41,7 @@ impl Pool {
         while let Some(run) = self.space.take_written(per_call.min(left)) {
             left -= run.end - run.start;
             let punched = self.punch(&run);
-            self.space.give_back(run, punched.is_err());
+            self.space.give_back(run, punched.is_err()).wake();
             punched?;
             if left == 0 {
                 break;
@@ -109,7 +110,7 @@ impl Pool {
                 .min(start.saturating_add(self.clusters_per_punch()));
             for run in self.space.take_clean_in(start..end) {
                 let punched = self.punch(&run);
-                self.space.give_back(run, false);
+                self.space.give_back(run, false).wake();
                 punched?;
             }
             start = end;
@@ -237,5 +238,99 @@ impl Drop for Background {
             // A panic there has been printed; there is nothing left to wait for.
             drop(thread.join());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::catalogue::{Row, RowKind};
+    use crate::format::journal::Entry;
+    use crate::format::units::{DiskId, Generation, Lcn};
+    use crate::pool::map::Tree;
+    use crate::pool::space::Purpose;
+    use crate::pool::volume::Volume;
+    use crate::pool::{CreateOptions, OpenOptions, open};
+    use crate::storage::{SimStorage, Storage};
+    use crate::sync::Mutex;
+    use std::task::{Wake, Waker};
+
+    fn pool_with_disk() -> (Arc<Pool>, Arc<Volume>) {
+        let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(16 << 20));
+        open::create(&*storage, &CreateOptions::new(16 << 20)).expect("an empty pool");
+        let pool = Pool::open(storage, &OpenOptions::default()).expect("opens");
+        let row = Row {
+            id: DiskId(1),
+            name: "d".to_owned(),
+            kind: RowKind::Disk,
+            parent: None,
+            family: DiskId(1),
+            size: 1 << 20,
+            created: 0,
+            birth_generation: Generation(0),
+            base: None,
+            base_len: 0,
+            limit: None,
+            reserve: None,
+            is_ephemeral: false,
+        };
+        let none = Generation(0);
+        let volume = Volume::new(&row, Tree::default(), none, none, pool.cluster_size());
+        let volume = Arc::new(volume);
+        pool.change_catalogue(|all| all.put(row, &volume));
+        (pool, volume)
+    }
+
+    /// A waker that looks whether whoever wakes it holds the map of the disk, or reaps.
+    struct Look {
+        pool: Arc<Pool>,
+        volume: Arc<Volume>,
+        found: Mutex<Vec<(bool, bool)>>,
+    }
+
+    impl Wake for Look {
+        fn wake(self: Arc<Self>) {
+            let is_map_free = self.volume.map.try_write().is_some();
+            let is_reaping_free = self.pool.reaping.try_lock().is_some();
+            self.found.lock().push((is_map_free, is_reaping_free));
+        }
+    }
+
+    #[test]
+    fn who_waits_for_space_is_woken_with_nothing_locked() {
+        let (pool, volume) = pool_with_disk();
+        let look = Arc::new(Look {
+            pool: Arc::clone(&pool),
+            volume: Arc::clone(&volume),
+            found: Mutex::default(),
+        });
+        let waker = Waker::from(Arc::clone(&look));
+        let entry = {
+            let mut map = volume.map.write();
+            let cluster = map.take_cluster(&pool.space).expect("an empty pool");
+            Entry {
+                own: cluster.number,
+                alloc: 1,
+                birth: 1,
+                ..Entry::default()
+            }
+        };
+        while pool.space.take(u32::MAX, Purpose::Data).is_ok() {}
+        pool.space.wait_for_space(Purpose::Data, &waker);
+        assert!(look.found.lock().is_empty(), "there is none");
+        // What the disk has set aside comes back.
+        pool.take_back_slabs();
+        assert_eq!(*look.found.lock(), [(true, true)]);
+        while pool.space.take(u32::MAX, Purpose::Data).is_ok() {}
+        pool.space.wait_for_space(Purpose::Data, &waker);
+        // What the disk had comes back.
+        let now = pool.generation();
+        volume.map.write().set(&pool.space, Lcn(0), entry, now);
+        let free = Entry::default();
+        volume.map.write().set(&pool.space, Lcn(0), free, now);
+        pool.list_changes(&volume, &mut volume.map.write());
+        pool.flush().expect("flushes");
+        while pool.reap(usize::MAX) {}
+        assert_eq!(*look.found.lock(), [(true, true); 2]);
     }
 }

@@ -65,7 +65,7 @@ impl Pool {
         let taken = self.space.take_clean_in(to..from);
         if let Err(e) = self.check_shrink(&taken, from, to) {
             for run in taken {
-                self.space.give_back(run, false);
+                self.space.give_back(run, false).wake();
             }
             return Err(e);
         }

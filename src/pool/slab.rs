@@ -3,6 +3,7 @@
 
 use super::error::PoolError;
 use super::space::{Purpose, Space, Taken};
+use super::woken::Woken;
 use std::ops::Range;
 
 /// Most clusters a disk sets aside.
@@ -61,12 +62,13 @@ impl Slab {
     }
 
     /// Gives back what was not used. What was reserved is reserved again: the promise stays.
-    pub(super) fn give_back(&mut self, space: &Space, reserve_left: &mut u32) {
+    /// Returns who waits for space.
+    pub(super) fn give_back(&mut self, space: &Space, reserve_left: &mut u32) -> Woken {
         if self.is_reserved {
             *reserve_left += self.len();
             space.change_disk_reserve(i64::from(self.len()));
         }
-        space.give_back(std::mem::take(&mut self.clusters), self.is_written);
+        space.give_back(std::mem::take(&mut self.clusters), self.is_written)
     }
 
     /// Clusters set aside and not used.

@@ -5,6 +5,7 @@
 use super::bitmap::Bitmap;
 use super::counts::Counts;
 use super::error::PoolError;
+use super::woken::Woken;
 use crate::sync::Mutex;
 use std::ops::Range;
 use std::task::Waker;
@@ -91,7 +92,7 @@ impl Space {
     /// Declares `range` free and untouched (at open, and when the pool grows).
     pub fn add_clean(&self, range: Range<u32>) {
         self.free.lock().clean.insert(range);
-        self.wake();
+        self.take_waiting().wake();
     }
 
     /// Takes 1 to `most` consecutive clusters of one kind. Their count stays 0 until an entry refers to them.
@@ -131,9 +132,10 @@ impl Space {
     }
 
     /// Gives back clusters nobody refers to. `is_written`: something may have been written there.
-    pub fn give_back(&self, range: Range<u32>, is_written: bool) {
+    /// Returns who waits for space.
+    pub fn give_back(&self, range: Range<u32>, is_written: bool) -> Woken {
         if range.is_empty() {
-            return;
+            return Woken::default();
         }
         let mut free = self.free.lock();
         if is_written {
@@ -142,7 +144,7 @@ impl Space {
             free.clean.insert(range);
         }
         drop(free);
-        self.wake();
+        self.take_waiting()
     }
 
     /// Takes a run of freed clusters to give back to the host: while it is punched nobody may have
@@ -170,10 +172,11 @@ impl Space {
     }
 
     /// Drops one reference to `cluster`, durably gone and used by no request; frees it if it was
-    /// the last (I5).
-    pub fn release(&self, cluster: u32) {
-        if self.counts.release(cluster) == 0 {
-            self.give_back(cluster..cluster + 1, true);
+    /// the last (I5). Returns who waits for space.
+    pub fn release(&self, cluster: u32) -> Woken {
+        match self.counts.release(cluster) {
+            0 => self.give_back(cluster..cluster + 1, true),
+            _ => Woken::default(),
         }
     }
 
@@ -213,7 +216,7 @@ impl Space {
         self.waiting.lock().push(waker.clone());
         // Some may have become free between the refusal and now: nobody would wake it for those.
         if self.free.lock().usable(purpose) > 0 {
-            self.wake();
+            self.take_waiting().wake();
         }
     }
 
@@ -223,10 +226,7 @@ impl Space {
         !self.waiting.lock().is_empty()
     }
 
-    fn wake(&self) {
-        let woken = std::mem::take(&mut *self.waiting.lock());
-        for waker in woken {
-            waker.wake();
-        }
+    fn take_waiting(&self) -> Woken {
+        Woken::new(std::mem::take(&mut *self.waiting.lock()))
     }
 }

@@ -8,6 +8,7 @@ use super::load::Replay;
 use super::map::{Dropped, Leaf, Tree, leaf_of};
 use super::slab::{NewCluster, Slab};
 use super::space::{Purpose, Space};
+use super::woken::Woken;
 use crate::format::catalogue::Row;
 use crate::format::journal::{Entry, Record};
 use crate::format::units::{ClusterSize, DiskId, Generation, Lcn};
@@ -192,9 +193,9 @@ impl Map {
         self.slab.take(space, &mut self.reserve_left)
     }
 
-    /// Gives back what was set aside and not used.
-    pub fn drop_slab(&mut self, space: &Space) {
-        self.slab.give_back(space, &mut self.reserve_left);
+    /// Gives back what was set aside and not used. Returns who waits for that.
+    pub fn drop_slab(&mut self, space: &Space) -> Woken {
+        self.slab.give_back(space, &mut self.reserve_left)
     }
 
     /// Clusters set aside and not used.
@@ -406,22 +407,7 @@ impl Map {
 
     /// Those whose wait is over. Ask whenever a fill or an exclusive use has ended.
     pub fn take_woken(&mut self) -> Woken {
-        Woken(std::mem::take(&mut self.woken))
-    }
-}
-
-/// Requests to be planned again. To wake one is a system call, or work of whoever made the waker:
-/// not with the map locked.
-#[derive(Debug)]
-#[must_use = "they wait until they are woken"]
-pub struct Woken(Vec<Waker>);
-
-impl Woken {
-    /// Wakes them; the map is not locked any more.
-    pub fn wake(self) {
-        for waker in self.0 {
-            waker.wake();
-        }
+        Woken::new(std::mem::take(&mut self.woken))
     }
 }
 
