@@ -7,9 +7,12 @@ mod common;
 
 use common::{CLUSTER, POOL_LEN, SUB, bytes, fresh, opened, read};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Settings};
 use tidepool::pool::Pool;
+use tidepool::pool::space::Purpose;
 use tidepool::storage::SimStorage;
+use tidepool::sync::spawn_named;
 
 const LEN: u64 = 8 << 20;
 
@@ -253,4 +256,86 @@ fn a_pool_does_not_shrink_into_what_is_reserved() {
     assert_eq!(u64::from(pool.space.reservable()), spare);
     pool.resize(now - spare / 2 * CLUSTER)
         .expect("what is nobody's");
+}
+
+/// What is promised, in clusters, is there.
+fn is_covered(pool: &Pool) -> bool {
+    let usage = pool.space.usage();
+    usage.clean + usage.written >= usage.reserved
+}
+
+/// What a disk has had counts for its reserve; rolled back to when it had nothing, it is owed all of
+/// it again, and what it had need not come back: a later snapshot has it.
+#[test]
+fn a_rollback_promises_no_space_that_is_not_there() {
+    let (_storage, pool) = fresh();
+    let new = NewDisk {
+        reserve: Some(100 * CLUSTER),
+        ..NewDisk::empty("kept", LEN)
+    };
+    let kept = create(&pool, &new);
+    cowdisk::snapshot(&pool, "kept", "empty").expect("snapshots");
+    for cluster in 0..100 {
+        kept.write_at(&bytes(2, CLUSTER), cluster * CLUSTER)
+            .expect("it is reserved");
+    }
+    cowdisk::snapshot(&pool, "kept", "full").expect("snapshots");
+    drop(kept);
+    fill(&create(&pool, &NewDisk::empty("greedy", 2 * POOL_LEN)));
+    assert!(is_covered(&pool));
+    let rolled_back = cowdisk::rollback(&pool, "kept@empty");
+    assert!(is_covered(&pool), "nothing is free, and all is promised");
+    let e = rolled_back.expect_err("there is no space for its reserve");
+    assert!(e.to_string().contains("cannot be reserved"), "{e}");
+    let kept = Disk::open(&pool, "kept").expect("opens");
+    assert_eq!(read(&kept, 0, SUB), bytes(2, SUB), "it is as it was");
+    drop(kept);
+    let none = Settings {
+        reserve: Some(None),
+        ..Settings::default()
+    };
+    cowdisk::set(&pool, "kept", &none).expect("gives the reserve up");
+    cowdisk::rollback(&pool, "kept@empty").expect("rolls back without");
+    let kept = Disk::open(&pool, "kept").expect("opens");
+    assert_eq!(read(&kept, 0, SUB), bytes(0, SUB));
+}
+
+/// Whether there was space for a reserve was found in one step, and the reserve made in the next: a
+/// write between the two took of it.
+#[test]
+fn a_reserve_is_found_and_made_in_one_step() {
+    let (_storage, pool) = fresh();
+    drop(create(&pool, &NewDisk::empty("d", LEN)));
+    let is_over = Arc::new(AtomicBool::new(false));
+    let taker = {
+        let (pool, is_over) = (Arc::clone(&pool), Arc::clone(&is_over));
+        let take_and_give_back = move || {
+            while !is_over.load(Ordering::SeqCst) {
+                if let Ok(taken) = pool.space.take(16, Purpose::Data) {
+                    std::thread::yield_now();
+                    pool.space.give_back(taken.clusters, true).wake();
+                }
+            }
+        };
+        spawn_named("taker", take_and_give_back).expect("a thread")
+    };
+    let mut made = 0;
+    for _ in 0..40_000 {
+        let reserve = u64::from(pool.space.reservable()) * CLUSTER;
+        let set = |reserve| {
+            let settings = Settings {
+                reserve: Some(reserve),
+                ..Settings::default()
+            };
+            cowdisk::set(&pool, "d", &settings)
+        };
+        if set(Some(reserve)).is_ok() {
+            made += 1;
+            assert!(is_covered(&pool), "a reserve of {reserve} bytes");
+            set(None).expect("gives it up");
+        }
+    }
+    is_over.store(true, Ordering::SeqCst);
+    taker.join().expect("no panic");
+    assert!(made > 0, "some were made");
 }

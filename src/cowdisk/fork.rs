@@ -9,6 +9,7 @@ use crate::format::journal::{ROW_LEN_MAX, Record, SLOT_LEN, slots_of};
 use crate::format::units::{DiskId, Generation, bytes_of, len_of};
 use crate::pool::catalogue::Item;
 use crate::pool::commit::SMALL_CHANGE_LEN_MAX;
+use crate::pool::quota::Quota;
 use crate::pool::transaction::Transaction;
 use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError};
@@ -210,6 +211,19 @@ fn replace_by(
             ..to.row.clone()
         };
         transaction.check_row(&row)?;
+        // The child's quota and a later commit count from here: parent and child are equal.
+        let equal = Row {
+            birth_generation: transaction.check_generation()?,
+            ..from.row.clone()
+        };
+        let size = pool.cluster_size();
+        let quota_of = |row: &Row| Quota::of(row, &from.volume.map.read().tree, size);
+        let (quota, equal_quota) = (quota_of(&row), quota_of(&equal));
+        let mut quotas = vec![(&*to.volume, quota)];
+        if from.row.kind == RowKind::Disk {
+            quotas.push((&*from.volume, equal_quota));
+        }
+        pool.reserve(&quotas)?;
         let generation = transaction.end_generation()?;
         transaction.collect(&mut from.volume.map.write())?;
         transaction.collect(&mut to.volume.map.write())?;
@@ -232,21 +246,16 @@ fn replace_by(
             map.last_fork = generation;
             map.changed = generation;
             transaction.discard_changes(&mut map);
-            map.apply_quota(&row, pool.cluster_size(), &pool.space);
+            map.set_quota(&quota, size);
         }
         pool.change_catalogue(|all| all.put(row, &to.volume));
         if from.row.kind == RowKind::Disk {
-            // The child's quota and a later commit count from here: parent and child are equal.
-            let row = Row {
-                birth_generation: generation,
-                ..from.row.clone()
-            };
-            transaction.record(&Record::Row(Box::new(row.clone())))?;
+            transaction.record(&Record::Row(Box::new(equal.clone())))?;
             let mut map = from.volume.map.write();
             map.birth = generation;
-            map.apply_quota(&row, pool.cluster_size(), &pool.space);
+            map.set_quota(&equal_quota, size);
             drop(map);
-            pool.change_catalogue(|all| all.put(row, &from.volume));
+            pool.change_catalogue(|all| all.put(equal, &from.volume));
         }
         Ok(())
     })?;

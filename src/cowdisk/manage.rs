@@ -9,6 +9,7 @@ use crate::format::journal::{Record, SLOT_LEN, slots_of};
 use crate::format::units::{Generation, Lcn, SECTOR, bytes_of};
 use crate::pool::catalogue::Item;
 use crate::pool::map::Tree;
+use crate::pool::quota::Quota;
 use crate::pool::transaction::Transaction;
 use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError, PoolErrorKind};
@@ -69,7 +70,6 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
     check_size(pool, size)?;
     pool.transact(&[], |transaction| {
         pool.with_catalogue(|all| all.check_free(&new.name))?;
-        check_reserve(pool, new.reserve, 0)?;
         let id = transaction.new_id()?;
         let row = Row {
             id,
@@ -88,11 +88,9 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
         };
         transaction.check_row(&row)?;
         let (tree, none) = (Tree::default(), Generation(0));
+        let quota = Quota::of(&row, &tree, pool.cluster_size());
         let volume = Arc::new(Volume::new(&row, tree, none, none, pool.cluster_size()));
-        volume
-            .map
-            .write()
-            .apply_quota(&row, pool.cluster_size(), &pool.space);
+        pool.reserve(&[(&volume, quota)])?;
         transaction.record(&Record::Row(Box::new(row.clone())))?;
         pool.change_catalogue(|all| all.put(row, &volume));
         Ok(())
@@ -105,21 +103,6 @@ fn check_size(pool: &Pool, size: u64) -> Result<(), DiskError> {
     if size == 0 || size > most {
         let what = format!("a disk has 512 to {most} bytes, not {size}");
         return Err(PoolError::invalid(what).into());
-    }
-    Ok(())
-}
-
-/// `Err` unless `reserve` bytes, of which `have` clusters are kept already, can be kept.
-fn check_reserve(pool: &Pool, reserve: Option<u64>, have: u32) -> Result<(), PoolError> {
-    let Some(bytes) = reserve else { return Ok(()) };
-    let size = pool.cluster_size();
-    let clusters = size.count(bytes).unwrap_or(u32::MAX);
-    let can = pool.space.reservable().saturating_add(have);
-    if clusters > can {
-        return Err(PoolError::invalid(format!(
-            "{bytes} bytes cannot be reserved: the pool has {} free and not reserved",
-            u64::from(can) * size.bytes()
-        )));
     }
     Ok(())
 }
@@ -385,10 +368,12 @@ pub fn set(pool: &Arc<Pool>, name: &str, settings: &Settings) -> Result<(), Disk
             ..item.row.clone()
         };
         transaction.check_row(&row)?;
-        let mut map = item.volume.map.write();
-        check_reserve(pool, settings.reserve.flatten(), map.reserve_left)?;
-        map.apply_quota(&row, pool.cluster_size(), &pool.space);
-        drop(map);
+        let size = pool.cluster_size();
+        let quota = Quota::of(&row, &item.volume.map.read().tree, size);
+        if settings.reserve.is_some() {
+            pool.reserve(&[(&item.volume, quota)])?;
+        }
+        item.volume.map.write().set_quota(&quota, size);
         put_row(transaction, &item, row)
     })?;
     Ok(())

@@ -54,6 +54,7 @@ pub mod journal;
 pub mod load;
 pub mod map;
 pub mod open;
+pub mod quota;
 pub mod reclaim;
 pub mod resize;
 pub mod restore;

@@ -5,8 +5,8 @@ use super::derive::derive;
 use super::error::PoolError;
 use super::gate::{ClosedGates, Epochs};
 use super::load::{Loaded, check_len, load, read_superblock};
+use super::quota::Quota;
 use super::space::Space;
-use super::walk::Seen;
 use super::{Ended, Pool};
 use crate::format::superblock::{
     JOURNAL_AT, JOURNAL_HALF_MAX, JOURNAL_HALF_MIN, JournalStart, OWNER_NOTE_AT, SUPERBLOCK_AT,
@@ -303,43 +303,10 @@ impl Pool {
         let size = self.cluster_size;
         for item in self.items() {
             if item.row.limit.is_some() || item.row.reserve.is_some() {
-                item.volume
-                    .map
-                    .write()
-                    .apply_quota(&item.row, size, &self.space);
+                let mut map = item.volume.map.write();
+                let quota = Quota::of(&item.row, &map.tree, size);
+                map.restore_quota(&quota, size, &self.space);
             }
         }
-    }
-}
-
-impl super::volume::Map {
-    /// Sets limit and reserve from the row, and counts what was allocated since the birth.
-    pub fn apply_quota(
-        &mut self,
-        row: &crate::format::catalogue::Row,
-        size: ClusterSize,
-        space: &Space,
-    ) {
-        // What was set aside from the reserve is counted as reserved again.
-        self.drop_slab(space);
-        let (mut subs, mut clusters) = (0_u64, 0_u32);
-        let birth = self.birth.0;
-        // Without a limit or a reserve nothing is counted: a rollback takes no longer on a large
-        // disk than on a small one.
-        if row.limit.is_some() || row.reserve.is_some() {
-            // Nothing that has clusters is in a map twice.
-            Seen::default().walk(&self.tree, &mut |_, _, leaf| {
-                for entry in leaf.entries.iter().filter(|entry| entry.birth > birth) {
-                    subs += u64::from(entry.alloc.count_ones());
-                    clusters += u32::from(entry.own != 0);
-                }
-            });
-        }
-        self.set_limit(row.limit, size);
-        self.used_subs = subs;
-        let wanted = row.reserve.and_then(|bytes| size.count(bytes)).unwrap_or(0);
-        let left = wanted.saturating_sub(clusters);
-        space.change_disk_reserve(i64::from(left) - i64::from(self.reserve_left));
-        self.reserve_left = left;
     }
 }

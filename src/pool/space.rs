@@ -192,12 +192,26 @@ impl Space {
         free.disk_reserve = u32::try_from(now).unwrap_or(u32::MAX);
     }
 
+    /// Keeps `more` clusters for disks with a reserve, or gives some up if it is negative: at once
+    /// with the look whether that many are free and not kept.
+    ///
+    /// # Errors
+    /// There are fewer, namely so many.
+    pub fn try_reserve(&self, more: i64) -> Result<(), u32> {
+        let mut free = self.free.lock();
+        let can = free.usable(Purpose::Data);
+        if more > i64::from(can) {
+            return Err(can);
+        }
+        let now = i64::from(free.disk_reserve).saturating_add(more).max(0);
+        free.disk_reserve = u32::try_from(now).unwrap_or(u32::MAX);
+        Ok(())
+    }
+
     /// Clusters that could be reserved still.
     #[must_use]
     pub fn reservable(&self) -> u32 {
-        let free = self.free.lock();
-        let kept = free.image_reserve.saturating_add(free.disk_reserve);
-        (free.written.len() + free.clean.len()).saturating_sub(kept)
+        self.free.lock().usable(Purpose::Data)
     }
 
     /// Clusters in each state.

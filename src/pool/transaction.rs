@@ -69,14 +69,25 @@ impl<'a> Transaction<'a> {
     /// Takes a generation: what exists now may be shared afterwards, what is born later is not.
     ///
     /// # Errors
-    /// All 2^32 are used up.
+    /// As [`Transaction::check_generation`].
     pub fn end_generation(&mut self) -> Result<Generation, PoolError> {
-        let ended = self.pool.generation.load(Ordering::Relaxed);
-        let next = ended.checked_add(1).ok_or_else(|| {
-            PoolError::invalid("this pool has seen 2^32 forks; copy its disks to a new one")
-        })?;
-        self.pool.generation.store(next, Ordering::Relaxed);
-        Ok(Generation(ended))
+        let ended = self.check_generation()?;
+        self.pool.generation.store(ended.0 + 1, Ordering::Relaxed);
+        Ok(ended)
+    }
+
+    /// The generation that [`Transaction::end_generation`] would end: asked before anything is
+    /// changed.
+    ///
+    /// # Errors
+    /// All 2^32 are used up.
+    pub fn check_generation(&self) -> Result<Generation, PoolError> {
+        match self.pool.generation() {
+            Generation(u32::MAX) => Err(PoolError::invalid(
+                "this pool has seen 2^32 forks; copy its disks to a new one",
+            )),
+            now => Ok(now),
+        }
     }
 
     /// A disk id never used before.
