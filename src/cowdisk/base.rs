@@ -9,6 +9,7 @@ use crate::sync::{Arc, Mutex, Weak};
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, Mapping, PermissiveImplicitOpenGate};
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
@@ -53,17 +54,7 @@ impl Base {
             path: shown.clone(),
             what: "its path is not UTF-8; rename it".to_owned(),
         })?;
-        let nanoseconds =
-            |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
-        Ok(BaseRef {
-            path: text.to_owned(),
-            format,
-            dev: metadata.dev(),
-            ino: metadata.ino(),
-            file_len: metadata.len(),
-            mtime_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
-            ctime_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
-        })
+        Ok(reference_to(text, format, &metadata))
     }
 
     /// Opens the base `reference` names, or finds it open.
@@ -76,19 +67,7 @@ impl Base {
             what,
         };
         let path = Path::new(&reference.path);
-        let now = Self::examine(path, reference.format)?;
-        // The inode's own time changes when links to it are made; contents are told by the rest.
-        let is_same = BaseRef {
-            ctime_ns: reference.ctime_ns,
-            ..now.clone()
-        } == *reference;
-        if !is_same {
-            return Err(fault(format!(
-                "it has changed since it became a base ({} bytes, was {}); put the original back, \
-                 or make the disks anew",
-                now.file_len, reference.file_len
-            )));
-        }
+        check_same(reference, &Self::examine(path, reference.format)?)?;
         let mut open = OPEN.lock();
         open.retain(|base| base.strong_count() > 0);
         let shared = open
@@ -100,6 +79,11 @@ impl Base {
         }
         let file =
             FileStorage::open_image(path, Access::ReadOnly).map_err(|e| fault(e.to_string()))?;
+        // What counts is what was opened, now that it is locked; it was looked at before because
+        // that costs less, and to say what is wrong with the path.
+        let metadata = file.metadata().map_err(|e| fault(e.to_string()))?;
+        let opened = reference_to(&reference.path, reference.format, &metadata);
+        check_same(reference, &opened)?;
         let (qcow2, len) = match reference.format {
             BaseFormat::Raw => {
                 let len = file.len().map_err(|e| fault(e.to_string()))?;
@@ -108,6 +92,8 @@ impl Base {
             BaseFormat::Qcow2 => {
                 let reader =
                     open_qcow2(path).map_err(|e| fault(format!("not readable as qcow2: {e}")))?;
+                // It was opened by its path once more.
+                check_same(reference, &Self::examine(path, reference.format)?)?;
                 let len = reader.size();
                 (Some(Qcow2Reader(Mutex::new(reader))), len)
             }
@@ -186,6 +172,40 @@ impl Base {
         }
         Ok(None)
     }
+}
+
+fn reference_to(path: &str, format: BaseFormat, metadata: &Metadata) -> BaseRef {
+    let nanoseconds =
+        |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
+    BaseRef {
+        path: path.to_owned(),
+        format,
+        dev: metadata.dev(),
+        ino: metadata.ino(),
+        file_len: metadata.len(),
+        mtime_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+        ctime_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+    }
+}
+
+/// `Err` if a base is `now` something else than it was.
+fn check_same(was: &BaseRef, now: &BaseRef) -> Result<(), DiskError> {
+    // The inode's own time changes when links to it are made; contents are told by the rest.
+    let is_same = BaseRef {
+        ctime_ns: was.ctime_ns,
+        ..now.clone()
+    } == *was;
+    if is_same {
+        return Ok(());
+    }
+    Err(DiskError::Base {
+        path: was.path.clone(),
+        what: format!(
+            "it has changed since it became a base ({} bytes, was {}); put the original back, or \
+             make the disks anew",
+            now.file_len, was.file_len
+        ),
+    })
 }
 
 fn open_qcow2(path: &Path) -> io::Result<FormatAccess<ImagoFile>> {

@@ -1,7 +1,7 @@
 //! A regular file or block device as a [`Storage`]: locked against a second opener, driven past
 //! the page cache where that works, through it where not.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -44,6 +44,14 @@ impl FileStorage {
     /// [`OpenError::Io`] of kind `AlreadyExists` if the file exists; see [`OpenError`].
     pub fn create_new(path: impl AsRef<Path>, len: u64) -> Result<Self, OpenError> {
         Self::create_new_with(path, len, Caching::Auto)
+    }
+
+    /// What the open file is, whatever its path leads to by now.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.file.metadata()
     }
 
     /// As [`FileStorage::create_new`], with a say about the page cache.
