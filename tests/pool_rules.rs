@@ -696,7 +696,7 @@ impl Greedy {
         };
         let found = taken.iter().find(|run| is_free(run)).cloned();
         for run in taken {
-            pool.space.give_back(run, false);
+            pool.space.give_back(run, false).wake();
         }
         assert_eq!(found, None, "clusters {punched:?} are being punched");
         *self.punches.lock() += 1;

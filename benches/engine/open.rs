@@ -108,7 +108,7 @@ fn write_image(pool: &Pool) -> Result<()> {
         Ok::<_, Box<dyn std::error::Error>>(written)
     })?;
     for range in written.clusters {
-        pool.space.give_back(range, true);
+        pool.space.give_back(range, true).wake();
     }
     print_one("writing an image", time.as_secs_f64(), "s")?;
     print_one(
