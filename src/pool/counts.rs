@@ -7,9 +7,9 @@ use crate::format::units::index;
 use crate::sync::OnceLock;
 use crate::sync::atomic::{AtomicU32, Ordering};
 
-/// Counts in a chunk, and chunks in a table: 2^12 x 2^10 x 2^10 are all there can be.
-const CHUNK: usize = 1 << 12;
-const TABLE: usize = 1 << 10;
+/// Counts in a chunk, chunks in a table, and tables: 2^14 x 2^9 x 2^9 are all there can be.
+const CHUNK: usize = 1 << 14;
+const TABLE: usize = 1 << 9;
 type Chunk = Box<[AtomicU32]>;
 type Table = Box<[OnceLock<Chunk>]>;
 
