@@ -106,7 +106,7 @@ impl World {
             ..CreateOptions::new(POOL_LEN)
         };
         open::create(&*storage, &options).expect("an empty pool");
-        storage.set_slow_holes(random.below(2) == 0);
+        storage.set_hole_writes_max([0, 1, usize::MAX][random.below(3)]);
         let pool = open_pool(&storage);
         Self {
             random,

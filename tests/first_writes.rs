@@ -21,7 +21,7 @@ impl Wake for Bell {
 
 fn slow() -> (Arc<SimStorage>, Arc<Pool>) {
     let (storage, pool) = fresh();
-    storage.set_slow_holes(true);
+    storage.set_hole_writes_max(0);
     (storage, pool)
 }
 
@@ -154,4 +154,27 @@ fn clusters_that_were_written_before_are_not_filled_again() {
     let (_pass, mut plan) = begin_write(&e, 0, &bytes(1, SUB));
     assert_eq!(plan.segments()[0].padding, Padding::default());
     e.complete_write(&mut plan, false);
+}
+
+/// Alone, a write into a hole is hardly slower, and zeros would only take space.
+#[test]
+fn few_first_writes_at_once_are_not_padded() {
+    let (storage, pool) = fresh();
+    storage.set_hole_writes_max(3);
+    let d = disk(&pool, "d", 8 * CLUSTER);
+    let data = bytes(1, SUB);
+    let mut writes: Vec<_> = (0..5)
+        .map(|n| begin_write(&d, n * CLUSTER, &data))
+        .collect();
+    let is_padded: Vec<bool> = writes
+        .iter()
+        .map(|(_, plan)| plan.segments()[0].padding != Padding::default())
+        .collect();
+    assert_eq!(is_padded, [false, false, false, true, true]);
+    for (_, plan) in &mut writes {
+        d.complete_write(plan, false);
+    }
+    let (_pass, mut plan) = begin_write(&d, 6 * CLUSTER, &data);
+    assert_eq!(plan.segments()[0].padding, Padding::default());
+    d.complete_write(&mut plan, false);
 }

@@ -115,6 +115,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// Whether the command line `args`, program name first, makes sense. Nothing is carried out.
+pub fn is_understood(args: impl IntoIterator<Item = OsString>) -> bool {
+    Cli::try_parse_from(args).is_ok()
+}
+
 fn execute(command: Command, output: Output) -> Result<Reply, Failure> {
     match command {
         Command::Pool(command) => pool::execute(command, output),

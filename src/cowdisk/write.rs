@@ -5,8 +5,8 @@
 //! - *fill*: the cluster is this disk's alone, the blocks are not allocated: written, and their
 //!   bits set at completion (I2, R1).
 //! - *new*: a cluster is taken, and hung over what was there.
-//!   On a store where holes are slow to fill, a small first write carries zeros for the rest of the
-//!   cluster along, and has the cluster for itself until it is done.
+//!   Among many others, on a store where holes are slow to fill, a small first write carries zeros
+//!   for the rest of the cluster along, and has the cluster for itself until it is done.
 //! - *copy*: some data must be moved first: blocks that are only written in part, and clusters that
 //!   are shared and would become three deep ([`super::copy`]). Then the write is planned again.
 
@@ -220,10 +220,11 @@ impl Disk {
     }
 
     /// What to write around the first write into a cluster that may be a hole of the store.
-    fn padding(&self, piece: Piece) -> Padding {
+    fn padding(&self, map: &Map, piece: Piece) -> Padding {
         let bytes = self.pool().cluster_size().bytes();
         let is_small = u64::from(piece.to - piece.from) * PADDED_PART_MAX <= bytes;
-        if is_small && bytes <= PADDED_CLUSTER_MAX && self.pool().storage().fills_holes_slowly() {
+        let is_slow = map.busy.len() >= self.pool().storage().hole_writes_max();
+        if is_small && bytes <= PADDED_CLUSTER_MAX && is_slow {
             Padding {
                 before: piece.from,
                 after: u32::try_from(bytes).expect("at most 64 KiB") - piece.to,
@@ -258,7 +259,7 @@ impl Disk {
             let is_hole;
             (entry, is_hole) = self.hang_new(map, piece.lcn, entry)?;
             if is_hole && busy.fills == 0 {
-                padding = self.padding(piece);
+                padding = self.padding(map, piece);
             }
         }
         let missing = touched & !entry.alloc;

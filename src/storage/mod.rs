@@ -130,11 +130,11 @@ pub trait Storage: Send + Sync + Debug {
     /// What the device said.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
 
-    /// Whether the first write to a part of the store is much slower than the next, so that it is
-    /// worth writing more than was asked for: a hole of a file has to get blocks first, under a
-    /// lock of the file, and with `O_DIRECT` the writer waits for that.
-    fn fills_holes_slowly(&self) -> bool {
-        false
+    /// With this many first writes in flight another one is slow, so that it is worth writing more
+    /// than was asked for: a hole of a file has to get blocks first, under a lock of the file, and
+    /// with `O_DIRECT` the writers wait for one another. `usize::MAX` where holes are no slower.
+    fn hole_writes_max(&self) -> usize {
+        usize::MAX
     }
 
     /// How a ring must treat [`Storage::as_fd`].

@@ -28,7 +28,7 @@ struct State {
     /// The value of `counters.changes()` at which the power goes.
     cut_at: Option<u64>,
     is_off: bool,
-    has_slow_holes: bool,
+    hole_writes_max: usize,
     rng: Rng,
     watcher: Option<Watcher>,
 }
@@ -100,7 +100,7 @@ impl SimStorage {
                 faults: Vec::new(),
                 cut_at: None,
                 is_off: false,
-                has_slow_holes: false,
+                hole_writes_max: usize::MAX,
                 rng: Rng(0),
                 watcher: None,
             }),
@@ -166,9 +166,9 @@ impl SimStorage {
         self.state.lock().medium.set_capacity(bytes);
     }
 
-    /// The answer to [`Storage::fills_holes_slowly`] from now on, after crashes too; `false` when made.
-    pub fn set_slow_holes(&self, is_slow: bool) {
-        self.state.lock().has_slow_holes = is_slow;
+    /// The answer to [`Storage::hole_writes_max`] from now on, after crashes too.
+    pub fn set_hole_writes_max(&self, most: usize) {
+        self.state.lock().hole_writes_max = most;
     }
 
     /// The power goes during the changing operation (any but a read) after `skip` more of them.
@@ -230,7 +230,7 @@ impl SimStorage {
     pub fn kill(&self) -> Self {
         let state = self.state.lock();
         let next = Self::from_medium(state.medium.clone());
-        next.set_slow_holes(state.has_slow_holes);
+        next.set_hole_writes_max(state.hole_writes_max);
         next
     }
 
@@ -245,7 +245,7 @@ impl SimStorage {
     fn image(&self, draw: impl FnOnce(&Medium) -> Draw) -> Self {
         let state = self.state.lock();
         let after = Self::from_medium(state.medium.image(&draw(&state.medium)));
-        after.set_slow_holes(state.has_slow_holes);
+        after.set_hole_writes_max(state.hole_writes_max);
         after
     }
 
@@ -457,8 +457,8 @@ impl Storage for SimStorage {
         Ok(self.state.lock().medium.next_data(offset))
     }
 
-    fn fills_holes_slowly(&self) -> bool {
-        self.state.lock().has_slow_holes
+    fn hole_writes_max(&self) -> usize {
+        self.state.lock().hole_writes_max
     }
 
     fn tier(&self) -> Tier {

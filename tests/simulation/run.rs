@@ -317,7 +317,7 @@ impl Start {
 
     /// On a host that is slow to fill holes: small first writes then fill their clusters.
     pub(crate) fn with_slow_holes(self) -> Self {
-        self.storage.set_slow_holes(true);
+        self.storage.set_hole_writes_max(0);
         self
     }
 
@@ -435,10 +435,10 @@ impl World {
             from.is_multiple_of(crate::oracle::BLOCK) && len.is_multiple_of(crate::oracle::BLOCK)
         };
         if let Act::Write(_, from, len) | Act::Zero(_, from, len) = act {
-            return !is_whole(*from, *len) || self.storage.fills_holes_slowly();
+            return !is_whole(*from, *len) || self.storage.hole_writes_max() == 0;
         }
         let is_change = matches!(act, Act::Begin(..) | Act::Discard(..));
-        act.is_structural() || (is_change && self.storage.fills_holes_slowly())
+        act.is_structural() || (is_change && self.storage.hole_writes_max() == 0)
     }
 
     fn begin(&mut self, number: u64, name: &str, from: u64, len: u64) -> Result<(), String> {
