@@ -26,7 +26,7 @@ class Suite:
         self.seconds = 0.5 if quick else 3.0
         self.warmup = 0.1 if quick else 0.5
         self.span = 128 * MIB if quick else 1 * GIB
-        self.loop_gigabytes = 2 if quick else 10
+        self.loop_gigabytes = 2 if quick else 14
 
     def steady(self, endpoint, **options):
         """A contender that runs against what is already there."""
