@@ -24,7 +24,10 @@ fuzz_target!(|data: &[u8]| {
     let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(len));
     if dump.restore(&storage).is_ok() {
         let report = check(&*storage).expect("the store works");
-        assert!(report.faults.is_empty(), "{:?}", report.faults);
+        // A snapshot stays when its disk is not in the dump, and `check` says so.
+        let is_lone = |what: &str| what.starts_with("snapshot `") && what.contains("has no disk");
+        let is_sound = report.faults.iter().all(|fault| is_lone(&fault.what));
+        assert!(is_sound, "{:?}", report.faults);
         let pool = Pool::open(Arc::clone(&storage), &OpenOptions::default()).expect("opens");
         pool.close().expect("closes");
     }
