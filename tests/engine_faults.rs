@@ -7,7 +7,8 @@ mod common;
 
 use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, fresh, opened, read};
 use std::sync::Arc;
-use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk};
+use std::task::Waker;
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Step, WritePlan};
 use tidepool::pool::dump;
 use tidepool::storage::sim::Op;
 use tidepool::storage::{SimStorage, Storage};
@@ -31,6 +32,32 @@ fn a_discard_during_a_write_is_not_undone_by_its_completion() {
         "only the zeroes touched these sectors"
     );
     assert_eq!(read(&d, SUB, SUB), bytes(2, SUB));
+}
+
+/// Two first writes of a block in flight at once, the second one complete, then discarded: when the
+/// first one was complete too, the block came back with what the second had written.
+#[test]
+fn a_discard_between_two_writes_that_overlapped_is_not_undone() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", CLUSTER);
+    let (old, new) = (bytes(1, 2 * SUB), bytes(2, SUB));
+    let (slow_pass, mut slow) = begin_write(&d, 0, &old);
+    common::move_bytes(&d, &slow, &old);
+    d.write_at(&new, 0).expect("overtakes");
+    d.write_zeroes(0, SUB, true).expect("zeroes");
+    // A write that comes after the discard waits for the one before it.
+    let pass = d.enter(0, Waker::noop()).expect("nothing is draining");
+    let mut plan = WritePlan::default();
+    let sub_len = u32::try_from(SUB).expect("1 KiB");
+    let step = d.plan_write(&pass, 0, sub_len, &mut plan, Waker::noop());
+    assert!(matches!(step, Ok(Step::Busy)), "{step:?}");
+    drop(pass);
+    d.complete_write(&mut slow, true);
+    drop(slow_pass);
+    assert_eq!(read(&d, 0, SUB), bytes(0, SUB), "nothing came later");
+    assert_eq!(read(&d, SUB, SUB), bytes(1, SUB));
+    d.write_at(&new, 0).expect("nobody is in the way now");
+    assert_eq!(read(&d, 0, 2 * SUB), [new, bytes(1, SUB)].concat());
 }
 
 /// The next process read a batch that only the device's cache had, and wrote the next one after it:

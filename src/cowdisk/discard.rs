@@ -153,7 +153,11 @@ impl Disk {
         let has_below = zeroed.under != 0 || is_over_base;
         let is_empty = zeroed.alloc == 0 && (zeroed.zero == u16::MAX || !has_below);
         // Writes in flight to other blocks of the cluster are going to allocate them.
-        let is_filled = map.busy.get(&lcn.0).is_some_and(|busy| busy.fills > 0);
+        let filled = map.busy.get_mut(&lcn.0).filter(|busy| busy.fills > 0);
+        let is_filled = filled.is_some();
+        if let Some(busy) = filled {
+            busy.discarded |= old.alloc & mask;
+        }
         let new = if is_empty && !is_filled && (may_unmap || old.own == 0) {
             Entry {
                 zero: if is_over_base { u16::MAX } else { 0 },

@@ -263,6 +263,9 @@ impl Disk {
             }
         }
         let missing = touched & !entry.alloc;
+        if missing & busy.discarded != 0 {
+            return Err(Stop::Step(Step::Busy));
+        }
         let in_part = missing & !covered;
         if in_part != 0 {
             if busy.fills > 0 {
@@ -354,10 +357,11 @@ impl Disk {
             let entry = map.get(fill.lcn);
             // The cluster may have been discarded meanwhile: then the write came first.
             if is_ok && entry.own == fill.own {
-                let alloc = entry.alloc | fill.mask;
+                let busy = map.busy.get(&fill.lcn.0).copied().unwrap_or_default();
+                let mask = fill.mask & !busy.discarded;
                 let new = Entry {
-                    alloc,
-                    zero: entry.zero & !fill.mask,
+                    alloc: entry.alloc | mask,
+                    zero: entry.zero & !mask,
                     ..entry
                 };
                 map.set(&pool.space, fill.lcn, new, now);

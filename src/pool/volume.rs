@@ -38,6 +38,10 @@ pub struct Busy {
     /// One request writes all of it (a copy, or a first write with zeros around it): nothing else
     /// may write to it or change its entry.
     pub is_exclusive: bool,
+    /// Sub-clusters that were allocated and taken away since the oldest of these writes began. The
+    /// discard came after all of them, or what another write left there would come back with them;
+    /// later writes wait until they are over.
+    pub discarded: u16,
 }
 
 /// The map of a disk and all that changes with it.
