@@ -154,7 +154,7 @@ fn many_unmaps_between_commits_fit_the_journal() {
     d.write_at(&bytes(1, SUB), 0).expect("writes");
     for n in 0..40_000 {
         let pass = common::enter(&d);
-        let waker = std::task::Waker::noop();
+        let waker = Waker::noop();
         d.plan_discard(&pass, 2 * n * leaf, leaf, waker)
             .expect("discards");
     }
@@ -178,7 +178,7 @@ fn structural_changes_fit_the_journal_however_many_rows_they_write() {
         }
         for n in 0..9000 {
             let pass = common::enter(busy);
-            let waker = std::task::Waker::noop();
+            let waker = Waker::noop();
             let at = (n % 1000) * 64 * CLUSTER + CLUSTER * (n / 1000 + 2);
             busy.plan_zeroes(&pass, at, SUB, true, waker)
                 .expect("zeroes");
@@ -417,7 +417,7 @@ fn the_half_that_replay_begins_in_is_not_written_over() {
     for round in 0..16 {
         for n in 0..8000 {
             let pass = common::enter(&d);
-            let waker = std::task::Waker::noop();
+            let waker = Waker::noop();
             d.plan_discard(&pass, 2 * n * leaf, leaf, waker)
                 .expect("discards");
         }

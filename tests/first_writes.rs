@@ -105,6 +105,30 @@ fn a_cluster_that_is_being_filled_belongs_to_one_write() {
     assert_eq!(read(&d, 5 * SUB, SUB), bytes(2, SUB));
 }
 
+/// A write over two clusters that has to wait for the second one takes back what it marked in the
+/// first. When that woke those who waited, two such writes woke each other for ever, and one itself.
+#[test]
+fn who_has_to_wait_wakes_nobody() {
+    let (_storage, pool) = slow();
+    let d = disk(&pool, "d", 4 * CLUSTER);
+    let data = bytes(1, SUB);
+    let (pass, mut plan) = begin_write(&d, CLUSTER, &data);
+    let bell = Arc::new(Bell(AtomicU32::new(0)));
+    let waker = Waker::from(Arc::clone(&bell));
+    let two_subs = u32::try_from(2 * SUB).expect("small");
+    for _ in 0..3 {
+        let waits = step(&d, CLUSTER - SUB, two_subs, &waker);
+        assert!(matches!(waits, Step::Busy), "{waits:?}");
+    }
+    assert_eq!(bell.0.load(Ordering::SeqCst), 0, "nothing has changed");
+    move_bytes(&d, &plan, &data);
+    d.complete_write(&mut plan, true);
+    drop(pass);
+    assert_eq!(bell.0.load(Ordering::SeqCst), 3, "each time it waited");
+    d.write_at(&bytes(2, 2 * SUB), CLUSTER - SUB)
+        .expect("writes");
+}
+
 #[test]
 fn a_first_write_that_fails_leaves_the_cluster_to_others() {
     let (storage, pool) = slow();

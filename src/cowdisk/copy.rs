@@ -124,7 +124,7 @@ impl Disk {
         }
         map.end_exclusive(job.lcn);
         pool.list_changes(self.volume(), &mut map);
-        let woken = map.take_woken();
+        let woken = map.take_waiting();
         drop(map);
         woken.wake();
         freed.wake();

@@ -19,6 +19,7 @@ use crate::format::journal::Entry;
 use crate::format::units::Lcn;
 use crate::pool::PoolErrorKind;
 use crate::pool::volume::Map;
+use crate::pool::woken::Woken;
 use std::task::Waker;
 
 /// What to do next with a request that was planned.
@@ -81,15 +82,16 @@ struct Fill {
 }
 
 impl Fill {
-    /// The write is over, or does not take place.
-    fn end(&self, map: &mut Map) {
+    /// The write is over, or does not take place. Whether that lets others go on.
+    fn end(&self, map: &mut Map) -> bool {
         map.used_subs = map
             .used_subs
             .saturating_sub(u64::from(self.mask.count_ones()));
         if self.is_padded {
             map.end_exclusive(self.lcn);
+            true
         } else {
-            map.end_fill(self.lcn);
+            map.end_fill(self.lcn)
         }
     }
 }
@@ -175,9 +177,8 @@ impl Disk {
         if matches!(stop, Stop::Step(Step::Busy)) {
             map.waiting.push(waker.clone());
         }
-        let (purpose, woken) = (map.purpose(), map.take_woken());
+        let purpose = map.purpose();
         drop(map);
-        woken.wake();
         match stop {
             Stop::Error(e) => Err(e),
             Stop::Limit(subs) => Err(DiskError::LimitReached {
@@ -353,6 +354,7 @@ impl Disk {
         }
         let now = pool.generation();
         let mut map = self.volume().map.write();
+        let mut woken = Woken::default();
         for fill in plan.fills.drain(..) {
             let entry = map.get(fill.lcn);
             // The cluster may have been discarded meanwhile: then the write came first.
@@ -366,10 +368,11 @@ impl Disk {
                 };
                 map.set(&pool.space, fill.lcn, new, now);
             }
-            fill.end(&mut map);
+            if fill.end(&mut map) {
+                woken.join(map.take_waiting());
+            }
         }
         pool.list_changes(self.volume(), &mut map);
-        let woken = map.take_woken();
         drop(map);
         woken.wake();
     }
@@ -384,7 +387,8 @@ pub(super) fn check_limit(map: &Map, more: u16) -> Result<(), Stop> {
     }
 }
 
-/// Takes back what a plan marked before it stopped.
+/// Takes back what a plan marked before it stopped. Nobody saw it and waits for its end: to wake
+/// those who wait for others would have two of them, or one and itself, wake each other for ever.
 fn undo(map: &mut Map, plan: &mut WritePlan) {
     plan.segments.clear();
     for fill in plan.fills.drain(..) {

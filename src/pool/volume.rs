@@ -71,7 +71,6 @@ pub struct Map {
     pub busy: HashMap<u32, Busy>,
     /// Requests waiting for one of `busy`.
     pub waiting: Vec<Waker>,
-    woken: Vec<Waker>,
     /// The disk is gone; handles to it are stale.
     pub is_deleted: bool,
     /// Whether the pool knows that there is something to collect here.
@@ -105,7 +104,6 @@ impl Volume {
             reserve_left: 0,
             busy: HashMap::new(),
             waiting: Vec::new(),
-            woken: Vec::new(),
             is_deleted: false,
             is_listed: false,
             slab: Slab::default(),
@@ -388,30 +386,28 @@ impl Map {
         self.limit_subs = limit.map(|bytes| bytes.div_ceil(size.sub_bytes()));
     }
 
-    /// Marks `lcn` as having one fill fewer; who waits for that is to be woken.
-    pub fn end_fill(&mut self, lcn: Lcn) {
-        if let Some(busy) = self.busy.get_mut(&lcn.0) {
-            busy.fills = busy.fills.saturating_sub(1);
-            if busy.fills == 0 && !busy.is_exclusive {
-                self.busy.remove(&lcn.0);
-                self.wake_later();
-            }
+    /// Marks `lcn` as having one fill fewer. Whether requests that wait may go on: if they could
+    /// have seen the fill, wake them.
+    pub fn end_fill(&mut self, lcn: Lcn) -> bool {
+        let Some(busy) = self.busy.get_mut(&lcn.0) else {
+            return false;
+        };
+        busy.fills = busy.fills.saturating_sub(1);
+        let is_free = busy.fills == 0 && !busy.is_exclusive;
+        if is_free {
+            self.busy.remove(&lcn.0);
         }
+        is_free
     }
 
-    /// Marks `lcn` as no longer one request's alone; who waits for that is to be woken.
+    /// Marks `lcn` as no longer one request's alone. Requests that wait may go on.
     pub fn end_exclusive(&mut self, lcn: Lcn) {
         self.busy.remove(&lcn.0);
-        self.wake_later();
     }
 
-    fn wake_later(&mut self) {
-        self.woken.append(&mut self.waiting);
-    }
-
-    /// Those whose wait is over. Ask whenever a fill or an exclusive use has ended.
-    pub fn take_woken(&mut self) -> Woken {
-        Woken::new(std::mem::take(&mut self.woken))
+    /// All that wait, to be woken when the map is unlocked.
+    pub fn take_waiting(&mut self) -> Woken {
+        Woken::new(std::mem::take(&mut self.waiting))
     }
 }
 
