@@ -11,11 +11,10 @@ use crate::pool::Pool;
 use crate::pool::catalogue::Item;
 use crate::pool::volume::Volume;
 use crate::storage::{AlignedBuf, Tier};
-use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Thread, current, park};
 use std::os::fd::BorrowedFd;
 use std::task::{Wake, Waker};
-use std::thread::Thread;
 
 /// Most bytes the blocking face moves in one plan.
 const PART_LEN_MAX: usize = 1 << 20;
@@ -62,7 +61,7 @@ impl Wake for Unpark {
 }
 
 pub(super) fn thread_waker() -> Waker {
-    Waker::from(Arc::new(Unpark(std::thread::current())))
+    Waker::from(Arc::new(Unpark(current())))
 }
 
 impl Disk {
@@ -183,7 +182,7 @@ impl Disk {
             if let Some(pass) = self.enter(0, waker) {
                 return pass;
             }
-            std::thread::park();
+            park();
         }
     }
 
@@ -303,7 +302,7 @@ impl Disk {
                 Step::Copy(job) => self.run_copy(job)?,
                 Step::Busy => {
                     drop(pass);
-                    std::thread::park();
+                    park();
                 }
                 Step::Full if has_reclaimed => return Err(DiskError::NoSpace),
                 Step::Full => {

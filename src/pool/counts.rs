@@ -4,11 +4,11 @@
 use super::map::Leaf;
 use crate::format::journal::Entry;
 use crate::format::units::index;
-use crate::sync::OnceLock;
 use crate::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::{IS_MODELLED, OnceLock, with_mut};
 
 /// Counts in a chunk, chunks in a table, and tables: 2^14 x 2^9 x 2^9 are all there can be.
-const CHUNK: usize = 1 << 14;
+const CHUNK: usize = if IS_MODELLED { 1 << 4 } else { 1 << 14 };
 const TABLE: usize = 1 << 9;
 type Chunk = Box<[AtomicU32]>;
 type Table = Box<[OnceLock<Chunk>]>;
@@ -88,7 +88,7 @@ impl Counts {
         let chunk = &mut table.get_mut().expect("just made")[chunk];
         chunk.get_or_init(new_chunk);
         let chunk = chunk.get_mut().expect("just made");
-        *chunk[place].get_mut() += 1;
+        with_mut(&mut chunk[place], |count| *count += 1);
     }
 
     /// One reference fewer; returns how many are left.

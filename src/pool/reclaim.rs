@@ -5,9 +5,8 @@ use super::error::PoolError;
 use super::open::Return;
 use crate::format::units::Cluster;
 use crate::sync::atomic::Ordering;
-use crate::sync::{Arc, spawn_named};
+use crate::sync::{Arc, JoinHandle, spawn_named};
 use std::ops::Range;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Most bytes given back in one call: a punch blocks other requests to the file on some hosts.

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 
 use crate::sync::OnceLock;
-use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::global::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Most mappings at once: about what `vm.max_map_count` grants a process by default.
 const SLOTS_MAX: usize = 65536;

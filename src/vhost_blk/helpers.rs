@@ -3,10 +3,9 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::thread::JoinHandle;
 
 use crate::cowdisk::{Base, CopyJob, Disk, DiskError, DiskErrorKind};
-use crate::sync::{Arc, Condvar, Mutex, spawn_named};
+use crate::sync::{Arc, Condvar, JoinHandle, Mutex, spawn_named};
 use crate::sys::buffer::AlignedBuf;
 use crate::virtio::blk::Range;
 

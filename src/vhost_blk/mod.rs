@@ -32,13 +32,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Weak;
 use std::sync::mpsc::SyncSender;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::cowdisk::{Disk, DiskError};
-use crate::sync::{Arc, Mutex, spawn_named};
+use crate::sync::{Arc, JoinHandle, Mutex, spawn_named};
 
 use device::Device;
 pub use events::{Event, EventKind};

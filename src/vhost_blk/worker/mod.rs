@@ -17,11 +17,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::sync_channel;
 use std::task::Waker;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::cowdisk::Segment;
-use crate::sync::{Arc, spawn_named};
+use crate::sync::{Arc, JoinHandle, spawn_named};
 use crate::sys::clock;
 use crate::sys::mmap::GuestRun;
 use crate::sys::sigbus;
