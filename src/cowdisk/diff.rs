@@ -10,7 +10,7 @@ use crate::pool::entry::Place;
 use crate::pool::map::{Inner, Leaf};
 use crate::pool::volume::Map;
 use crate::storage::AlignedBuf;
-use crate::sync::Arc;
+use crate::sync::{Arc, Shared};
 use std::ops::Range;
 
 /// Most bytes compared at once.
@@ -97,7 +97,12 @@ trait Compare: Sized {
 }
 
 impl Walk {
-    fn compare<N: Compare>(&mut self, one: Option<&Arc<N>>, other: Option<&Arc<N>>, prefix: u64) {
+    fn compare<N: Compare>(
+        &mut self,
+        one: Option<&Shared<N>>,
+        other: Option<&Shared<N>>,
+        prefix: u64,
+    ) {
         let leaf_bytes = 64 * self.cluster.bytes();
         let begin = (prefix << N::LEAVES_LOG2).saturating_mul(leaf_bytes);
         let end = begin.saturating_add(leaf_bytes << N::LEAVES_LOG2);
@@ -108,7 +113,7 @@ impl Walk {
             // Nothing above both bases: zeros, on whichever disk is longer too.
             (None, None) if begin >= self.base_ends[0].max(self.base_ends[1]) => true,
             (None, None) => self.is_alike(begin..end),
-            (Some(one), Some(other)) => Arc::ptr_eq(one, other) && self.is_alike(begin..end),
+            (Some(one), Some(other)) => Shared::ptr_eq(one, other) && self.is_alike(begin..end),
             (None, Some(_)) | (Some(_), None) => false,
         };
         if !is_same {

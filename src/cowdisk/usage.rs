@@ -5,7 +5,7 @@ use super::error::DiskError;
 use crate::format::units::{SUBS, bytes_of, index};
 use crate::pool::map::{Inner, Leaf};
 use crate::pool::{Pool, PoolError, catalogue::Item};
-use crate::sync::Arc;
+use crate::sync::Shared;
 use std::collections::HashMap;
 
 /// The space of one disk or snapshot, bytes.
@@ -129,11 +129,11 @@ trait Visit: Sized {
 
 impl Survey {
     /// Clusters below `node`; it has one parent more.
-    fn visit<N: Visit>(&mut self, node: &Arc<N>) -> u64 {
-        if Arc::strong_count(node) == 1 {
+    fn visit<N: Visit>(&mut self, node: &Shared<N>) -> u64 {
+        if Shared::strong_count(node) == 1 {
             return node.count(self);
         }
-        let address = Arc::as_ptr(node).addr();
+        let address = Shared::as_ptr(node).addr();
         if let Some(known) = self.nodes.get_mut(&address) {
             known.parents += 1;
             return known.clusters;
@@ -144,9 +144,9 @@ impl Survey {
         clusters
     }
 
-    fn sum<N: Visit>(&self, node: &Arc<N>, sums: &mut Sums) {
-        let address = Arc::as_ptr(node).addr();
-        let is_shared = Arc::strong_count(node) > 1
+    fn sum<N: Visit>(&self, node: &Shared<N>, sums: &mut Sums) {
+        let address = Shared::as_ptr(node).addr();
+        let is_shared = Shared::strong_count(node) > 1
             && self
                 .nodes
                 .get(&address)

@@ -6,7 +6,7 @@ use super::volume::Volume;
 use crate::format::catalogue::Row;
 use crate::format::journal::Record;
 use crate::format::units::{ClusterSize, DiskId, Generation, index};
-use crate::sync::Arc;
+use crate::sync::{Arc, Shared};
 use std::collections::BTreeMap;
 
 /// A disk or snapshot: what it is, and its map.
@@ -133,7 +133,7 @@ impl Catalogue {
                     let (number, place) = leaf_of(*lcn);
                     let leaf = map.tree.leaf(number);
                     // The count of references lies apart from the entries.
-                    all |= leaf.map_or(0, Arc::strong_count);
+                    all |= leaf.map_or(0, Shared::strong_count);
                     all |= leaf.map_or(0, |leaf| index(leaf.entries[place].own));
                 }
             }

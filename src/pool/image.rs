@@ -14,7 +14,7 @@ use crate::format::journal::Entry;
 use crate::format::superblock::ImageRef;
 use crate::format::units::{Cluster, ClusterSize, DiskId, Generation, bytes_of};
 use crate::storage::{AlignedBuf, Storage};
-use crate::sync::Arc;
+use crate::sync::Shared;
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -166,10 +166,10 @@ impl Writer<'_> {
         self.write_heads()
     }
 
-    fn put_root(&mut self, root: &Arc<Root>) -> Result<u32, PoolError> {
-        self.put_inner(LEVELS, root, |this, mid: &Arc<Mid>| {
-            this.put_inner(2, mid, |this, low: &Arc<Low>| {
-                this.put_inner(1, low, |this, leaf: &Arc<Leaf>| this.put_leaf(leaf))
+    fn put_root(&mut self, root: &Shared<Root>) -> Result<u32, PoolError> {
+        self.put_inner(LEVELS, root, |this, mid: &Shared<Mid>| {
+            this.put_inner(2, mid, |this, low: &Shared<Low>| {
+                this.put_inner(1, low, |this, leaf: &Shared<Leaf>| this.put_leaf(leaf))
             })
         })
     }
@@ -177,8 +177,8 @@ impl Writer<'_> {
     fn put_inner<C>(
         &mut self,
         level: u8,
-        node: &Arc<Inner<C>>,
-        mut put_child: impl FnMut(&mut Self, &Arc<C>) -> Result<u32, PoolError>,
+        node: &Shared<Inner<C>>,
+        mut put_child: impl FnMut(&mut Self, &Shared<C>) -> Result<u32, PoolError>,
     ) -> Result<u32, PoolError> {
         if let Some(number) = self.numbers.get(&address(node)) {
             return Ok(*number);
@@ -193,7 +193,7 @@ impl Writer<'_> {
         Ok(self.number(node))
     }
 
-    fn put_leaf(&mut self, leaf: &Arc<Leaf>) -> Result<u32, PoolError> {
+    fn put_leaf(&mut self, leaf: &Shared<Leaf>) -> Result<u32, PoolError> {
         if let Some(number) = self.numbers.get(&address(leaf)) {
             return Ok(*number);
         }
@@ -204,10 +204,10 @@ impl Writer<'_> {
     }
 
     /// The number of the node just put; remembered if it can be met again.
-    fn number<T>(&mut self, node: &Arc<T>) -> u32 {
+    fn number<T>(&mut self, node: &Shared<T>) -> u32 {
         let number = self.next_number;
         self.next_number += 1;
-        if Arc::strong_count(node) > 1 {
+        if Shared::strong_count(node) > 1 {
             self.numbers.insert(address(node), number);
         }
         number
@@ -280,17 +280,17 @@ impl Writer<'_> {
     }
 }
 
-fn address<T>(node: &Arc<T>) -> usize {
-    Arc::as_ptr(node).addr()
+fn address<T>(node: &Shared<T>) -> usize {
+    Shared::as_ptr(node).addr()
 }
 
 /// A node of an image being loaded.
 #[derive(Debug, Clone)]
 enum Node {
-    Leaf(Arc<Leaf>),
-    Low(Arc<Low>),
-    Mid(Arc<Mid>),
-    Root(Arc<Root>),
+    Leaf(Shared<Leaf>),
+    Low(Shared<Low>),
+    Mid(Shared<Mid>),
+    Root(Shared<Root>),
 }
 
 /// Puts the tokens of an image together. Feed it all of them, then take [`Loader::finish`].
@@ -326,7 +326,7 @@ impl Loader {
                         entries: *entries,
                         dirty: 0,
                     };
-                    Ok(Node::Leaf(Arc::new(leaf)))
+                    Ok(Node::Leaf(Shared::new(leaf)))
                 })?;
             }
             Token::Inner { level, children } => {
@@ -384,9 +384,9 @@ impl Loader {
         node.ok_or_else(|| PoolError::damaged(format!("checkpoint image: no node {number} yet")))
     }
 
-    fn root(&self, number: u32) -> Result<Arc<Root>, PoolError> {
+    fn root(&self, number: u32) -> Result<Shared<Root>, PoolError> {
         match self.node(number)? {
-            Node::Root(root) => Ok(Arc::clone(root)),
+            Node::Root(root) => Ok(Shared::clone(root)),
             Node::Leaf(_) | Node::Low(_) | Node::Mid(_) => Err(wrong_level(number)),
         }
     }
@@ -417,14 +417,14 @@ impl Loader {
     fn gather<C>(
         &self,
         children: &[(u16, u32)],
-        pick: impl Fn(&Node) -> Option<&Arc<C>>,
-    ) -> Result<Arc<Inner<C>>, PoolError> {
+        pick: impl Fn(&Node) -> Option<&Shared<C>>,
+    ) -> Result<Shared<Inner<C>>, PoolError> {
         let mut inner = Inner::default();
         for (place, number) in children {
             let child = pick(self.node(*number)?).ok_or_else(|| wrong_level(*number))?;
-            inner.child[usize::from(*place) % FANOUT] = Some(Arc::clone(child));
+            inner.child[usize::from(*place) % FANOUT] = Some(Shared::clone(child));
         }
-        Ok(Arc::new(inner))
+        Ok(Shared::new(inner))
     }
 
     /// The forest.

@@ -8,7 +8,7 @@ use super::counts::Counts;
 use crate::format::image::{FANOUT, LEAF_ENTRIES};
 use crate::format::journal::Entry;
 use crate::format::units::{Lcn, index};
-use crate::sync::Arc;
+use crate::sync::Shared;
 
 /// Entries for 64 consecutive clusters of a disk.
 #[derive(Debug, Clone)]
@@ -32,7 +32,7 @@ impl Default for Leaf {
 #[derive(Debug, Clone)]
 pub struct Inner<C> {
     /// By place in the node.
-    pub child: [Option<Arc<C>>; FANOUT],
+    pub child: [Option<Shared<C>>; FANOUT],
 }
 
 impl<C> Default for Inner<C> {
@@ -69,13 +69,13 @@ fn path(leaf: u32) -> [usize; 3] {
 #[derive(Debug, Clone, Default)]
 pub struct Tree {
     /// `None` for an empty map.
-    pub root: Option<Arc<Root>>,
+    pub root: Option<Shared<Root>>,
 }
 
 impl Tree {
     /// The leaf numbered `leaf`, if any of its entries was ever set.
     #[must_use]
-    pub fn leaf(&self, leaf: u32) -> Option<&Arc<Leaf>> {
+    pub fn leaf(&self, leaf: u32) -> Option<&Shared<Leaf>> {
         let [high, mid, low] = path(leaf);
         let root = self.root.as_ref()?;
         root.child[high].as_ref()?.child[mid].as_ref()?.child[low].as_ref()
@@ -92,32 +92,36 @@ impl Tree {
     /// The leaf numbered `leaf`, made this tree's alone: shared nodes on the way are copied.
     pub fn leaf_mut(&mut self, leaf: u32, counts: &Counts) -> &mut Leaf {
         let [high, mid, low] = path(leaf);
-        let root = Arc::make_mut(self.root.get_or_insert_default());
-        let mid_node = Arc::make_mut(root.child[high].get_or_insert_default());
-        let low_node = Arc::make_mut(mid_node.child[mid].get_or_insert_default());
+        let root = Shared::make_mut(self.root.get_or_insert_default());
+        let mid_node = Shared::make_mut(root.child[high].get_or_insert_default());
+        let low_node = Shared::make_mut(mid_node.child[mid].get_or_insert_default());
         let shared = low_node.child[low].get_or_insert_default();
-        if Arc::get_mut(shared).is_none() {
-            let copy = Arc::new(Leaf::clone(shared));
+        if Shared::get_mut(shared).is_none() {
+            let copy = Shared::new(Leaf::clone(shared));
             counts.retain_leaf(&copy);
             let old = std::mem::replace(shared, copy);
             // The other holder may have let go between the two lines: then this was the last one,
             // and the old leaf's references go with it. The copy keeps every count above zero.
-            if let Some(old) = Arc::into_inner(old) {
+            if let Some(old) = Shared::into_inner(old) {
                 counts.release_copied_leaf(&old);
             }
         }
-        Arc::get_mut(shared).expect("nobody else can reach a leaf below unshared nodes")
+        Shared::get_mut(shared).expect("nobody else can reach a leaf below unshared nodes")
     }
 
     /// Takes the leaf numbered `leaf` out, leaving `instead`.
-    pub fn replace_leaf(&mut self, leaf: u32, instead: Option<Arc<Leaf>>) -> Option<Arc<Leaf>> {
+    pub fn replace_leaf(
+        &mut self,
+        leaf: u32,
+        instead: Option<Shared<Leaf>>,
+    ) -> Option<Shared<Leaf>> {
         if instead.is_none() {
             self.leaf(leaf)?;
         }
         let [high, mid, low] = path(leaf);
-        let root = Arc::make_mut(self.root.get_or_insert_default());
-        let mid_node = Arc::make_mut(root.child[high].get_or_insert_default());
-        let low_node = Arc::make_mut(mid_node.child[mid].get_or_insert_default());
+        let root = Shared::make_mut(self.root.get_or_insert_default());
+        let mid_node = Shared::make_mut(root.child[high].get_or_insert_default());
+        let low_node = Shared::make_mut(mid_node.child[mid].get_or_insert_default());
         std::mem::replace(&mut low_node.child[low], instead)
     }
 
@@ -127,25 +131,25 @@ impl Tree {
         const LOW_LEAVES: u32 = 1 << 9;
         const MID_LEAVES: u32 = 1 << 18;
         let [high, mid, low] = path(first);
-        let root = Arc::make_mut(self.root.get_or_insert_default());
+        let root = Shared::make_mut(self.root.get_or_insert_default());
         let mid_place = &mut root.child[high];
         if first.is_multiple_of(MID_LEAVES) && most >= MID_LEAVES {
-            *mid_place = zeros.map(|zeros| Arc::clone(&zeros.mid));
+            *mid_place = zeros.map(|zeros| Shared::clone(&zeros.mid));
             return MID_LEAVES;
         }
         if mid_place.is_none() && zeros.is_none() {
             return most.min(MID_LEAVES - first % MID_LEAVES);
         }
-        let low_place = &mut Arc::make_mut(mid_place.get_or_insert_default()).child[mid];
+        let low_place = &mut Shared::make_mut(mid_place.get_or_insert_default()).child[mid];
         if first.is_multiple_of(LOW_LEAVES) && most >= LOW_LEAVES {
-            *low_place = zeros.map(|zeros| Arc::clone(&zeros.low));
+            *low_place = zeros.map(|zeros| Shared::clone(&zeros.low));
             return LOW_LEAVES;
         }
         if low_place.is_none() && zeros.is_none() {
             return most.min(LOW_LEAVES - first % LOW_LEAVES);
         }
-        let low_node = Arc::make_mut(low_place.get_or_insert_default());
-        low_node.child[low] = zeros.map(|zeros| Arc::clone(&zeros.leaf));
+        let low_node = Shared::make_mut(low_place.get_or_insert_default());
+        low_node.child[low] = zeros.map(|zeros| Shared::clone(&zeros.leaf));
         1
     }
 
@@ -180,9 +184,9 @@ impl Tree {
 #[derive(Debug)]
 pub struct Zeros {
     /// 64 clusters.
-    pub leaf: Arc<Leaf>,
-    low: Arc<Low>,
-    mid: Arc<Mid>,
+    pub leaf: Shared<Leaf>,
+    low: Shared<Low>,
+    mid: Shared<Mid>,
 }
 
 impl Zeros {
@@ -193,19 +197,19 @@ impl Zeros {
             zero: u16::MAX,
             ..Entry::default()
         };
-        let leaf = Arc::new(Leaf {
+        let leaf = Shared::new(Leaf {
             entries: [zero; LEAF_ENTRIES],
             dirty: 0,
         });
-        let low = Arc::new(full_of(&leaf));
-        let mid = Arc::new(full_of(&low));
+        let low = Shared::new(full_of(&leaf));
+        let mid = Shared::new(full_of(&low));
         Self { leaf, low, mid }
     }
 }
 
-fn full_of<C>(child: &Arc<C>) -> Inner<C> {
+fn full_of<C>(child: &Shared<C>) -> Inner<C> {
     Inner {
-        child: std::array::from_fn(|_| Some(Arc::clone(child))),
+        child: std::array::from_fn(|_| Some(Shared::clone(child))),
     }
 }
 
@@ -215,13 +219,13 @@ pub enum Dropped {
     /// One reference from one entry.
     Cluster(u32),
     /// One reference to a leaf.
-    Leaf(Arc<Leaf>),
+    Leaf(Shared<Leaf>),
     /// One reference to a level-1 node.
-    Low(Arc<Low>),
+    Low(Shared<Low>),
     /// One reference to a level-2 node.
-    Mid(Arc<Mid>),
+    Mid(Shared<Mid>),
     /// One reference to a root.
-    Root(Arc<Root>),
+    Root(Shared<Root>),
 }
 
 impl Dropped {
@@ -231,7 +235,7 @@ impl Dropped {
         match self {
             Dropped::Cluster(cluster) => return Some(cluster),
             Dropped::Leaf(leaf) => {
-                if let Some(leaf) = Arc::into_inner(leaf) {
+                if let Some(leaf) = Shared::into_inner(leaf) {
                     let clusters = leaf.entries.iter().flat_map(Entry::clusters);
                     stack.extend(clusters.filter(|c| *c != 0).map(Dropped::Cluster));
                 }
@@ -244,8 +248,12 @@ impl Dropped {
     }
 }
 
-fn push_children<C>(node: Arc<Inner<C>>, wrap: fn(Arc<C>) -> Dropped, stack: &mut Vec<Dropped>) {
-    if let Some(node) = Arc::into_inner(node) {
+fn push_children<C>(
+    node: Shared<Inner<C>>,
+    wrap: fn(Shared<C>) -> Dropped,
+    stack: &mut Vec<Dropped>,
+) {
+    if let Some(node) = Shared::into_inner(node) {
         stack.extend(node.child.into_iter().flatten().map(wrap));
     }
 }

@@ -72,7 +72,7 @@ use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
 use crate::format::units::{ClusterSize, Generation};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
+use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock, Shared};
 use catalogue::{Catalogue, Item};
 use commit::Commits;
 use gate::Epochs;
@@ -106,7 +106,7 @@ pub struct Pool {
     unflushed: AtomicBool,
     ended: OnceLock<Ended>,
     /// Shared by every whole leaf that was discarded over a base.
-    zero_leaf: Arc<Leaf>,
+    zero_leaf: Shared<Leaf>,
     quarantine: Mutex<VecDeque<(u64, Vec<Dropped>)>>,
     /// References being released; whoever holds this reaps.
     reaping: Mutex<Vec<Dropped>>,
@@ -165,7 +165,7 @@ impl Pool {
 
     /// The leaf of zeros that discarded parts of a base share.
     #[must_use]
-    pub fn zero_leaf(&self) -> &Arc<Leaf> {
+    pub fn zero_leaf(&self) -> &Shared<Leaf> {
         &self.zero_leaf
     }
 

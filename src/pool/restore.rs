@@ -21,7 +21,7 @@ use crate::format::journal::Entry;
 use crate::format::superblock::{JournalStart, Superblock};
 use crate::format::units::{ClusterSize, Generation, Lcn};
 use crate::storage::Storage;
-use crate::sync::Arc;
+use crate::sync::{Arc, Shared};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -322,7 +322,7 @@ impl Dump {
 /// Leaves of one family that are equal become one, as they were: an image of a thousand forks is
 /// not a thousand times as long as that of one.
 fn share_leaves(catalogue: &Catalogue) {
-    let mut known: HashMap<(u32, u32), VecDeque<Arc<Leaf>>> = HashMap::new();
+    let mut known: HashMap<(u32, u32), VecDeque<Shared<Leaf>>> = HashMap::new();
     let mut items: Vec<_> = catalogue.iter().collect();
     items.sort_by_key(|item| item.row.id);
     for item in items {
@@ -330,9 +330,9 @@ fn share_leaves(catalogue: &Catalogue) {
         let mut next = map.tree.next_leaf(0);
         while let Some(number) = next {
             let versions = known.entry((item.row.family.0, number)).or_default();
-            if let Some(leaf) = map.tree.leaf(number).map(Arc::clone) {
+            if let Some(leaf) = map.tree.leaf(number).map(Shared::clone) {
                 let same = versions.iter().find(|one| one.entries == leaf.entries);
-                if let Some(same) = same.map(Arc::clone) {
+                if let Some(same) = same.map(Shared::clone) {
                     map.tree.replace_leaf(number, Some(same));
                 } else {
                     versions.push_front(leaf);

@@ -13,7 +13,7 @@ use crate::format::catalogue::Row;
 use crate::format::journal::{Entry, Record};
 use crate::format::units::{ClusterSize, DiskId, Generation, Lcn};
 use crate::sync::atomic::AtomicU32;
-use crate::sync::{Arc, RwLock};
+use crate::sync::{RwLock, Shared};
 use std::collections::HashMap;
 use std::task::Waker;
 
@@ -310,7 +310,7 @@ impl Map {
         first: Lcn,
         count: u32,
         size: ClusterSize,
-        zero_leaf: &Arc<Leaf>,
+        zero_leaf: &Shared<Leaf>,
         now: Generation,
     ) {
         let end = first.0 + count;
@@ -341,13 +341,13 @@ impl Map {
         first: u32,
         count: u32,
         base_end: u32,
-        zero_leaf: &Arc<Leaf>,
+        zero_leaf: &Shared<Leaf>,
         now: Generation,
     ) -> u32 {
         let end = first + count;
         let zeroed_end = base_end.div_ceil(64).clamp(first, end);
         for leaf in first..zeroed_end {
-            let old = self.tree.replace_leaf(leaf, Some(Arc::clone(zero_leaf)));
+            let old = self.tree.replace_leaf(leaf, Some(Shared::clone(zero_leaf)));
             self.forget_leaf(old);
         }
         let mut next = self.tree.next_leaf(zeroed_end);
@@ -370,7 +370,7 @@ impl Map {
         end * 64
     }
 
-    fn forget_leaf(&mut self, old: Option<Arc<Leaf>>) {
+    fn forget_leaf(&mut self, old: Option<Shared<Leaf>>) {
         let Some(leaf) = old else { return };
         let freed: u64 = leaf
             .entries

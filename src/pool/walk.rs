@@ -1,7 +1,7 @@
 //! Visiting the leaves of maps, shared nodes once.
 
 use super::map::{Inner, Leaf, Tree};
-use crate::sync::Arc;
+use crate::sync::Shared;
 use std::collections::HashMap;
 
 /// Called with a leaf's number in its disk, whether any node on its path is shared, and the leaf.
@@ -110,18 +110,18 @@ trait Walk {
 }
 
 fn walk<N: Walk>(
-    node: &Arc<N>,
+    node: &Shared<N>,
     prefix: u32,
     is_shared: bool,
     seen: Option<&mut Seen>,
     visit: Visit<'_>,
 ) -> Below {
-    let is_shared = is_shared || Arc::strong_count(node) > 1;
+    let is_shared = is_shared || Shared::strong_count(node) > 1;
     let seen = match seen {
         Some(seen) if is_shared => seen,
         seen => return node.step(prefix, is_shared, seen, visit),
     };
-    let address = Arc::as_ptr(node).addr();
+    let address = Shared::as_ptr(node).addr();
     if let Some(below) = seen.meet_again(address, prefix, N::LEAVES_LOG2) {
         return below;
     }

@@ -3,20 +3,28 @@
 //! the pool, not a state to recover from.
 //!
 //! Built with `--cfg loom` or `--cfg shuttle`, what is here is loom's or shuttle's behind the same
-//! names, and works only inside of their runs : every use of it is a place where
+//! names, and works only inside of their runs: every use of it is a place where
 //! the checker may let another thread go on. `Arc` and `OnceLock` stay those of the standard library,
 //! as they do in shuttle: their own insides are trusted, and what they guard is seen by the uses
-//! around them. [`global`] is never modelled.
+//! around them. Where it matters who lets go last, `Shared` is an `Arc` whose ends
+//! are seen. [`global`] is never modelled.
 
+#[cfg(all(test, loom))]
+pub(crate) mod explore;
 #[cfg(any(loom, shuttle))]
 mod modelled;
 #[cfg(not(any(loom, shuttle)))]
 mod real;
 
 #[cfg(any(loom, shuttle))]
+mod shared;
+
+#[cfg(any(loom, shuttle))]
 pub use modelled::*;
 #[cfg(not(any(loom, shuttle)))]
 pub use real::*;
+#[cfg(any(loom, shuttle))]
+pub use shared::Shared;
 pub use std::sync::{Arc, OnceLock, Weak};
 
 /// For what outlives a model checker's run, or is used outside of it: statics, signal handlers, and

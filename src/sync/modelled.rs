@@ -177,6 +177,8 @@ where
 /// loom takes accesses that are sequentially consistent for ones that acquire and release, but knows
 /// sequentially consistent fences. So one is put in front of each such access: that orders them all,
 /// as the language does, and a little more (an access also acquires what was released at others).
+/// And where threads both store to a place and exchange there, loom lets an exchange read what was
+/// overwritten before, which no machine does. So a store is an exchange too, that acquires nothing.
 pub mod atomic {
     use super::checker::sync::atomic as inner;
     use std::fmt;
@@ -190,6 +192,14 @@ pub mod atomic {
             fence(order);
         }
         order
+    }
+
+    #[cfg(loom)]
+    fn store_order(order: Ordering) -> Ordering {
+        match order {
+            Ordering::SeqCst => Ordering::Release,
+            order => order,
+        }
     }
 
     macro_rules! atomic {
@@ -210,6 +220,9 @@ pub mod atomic {
 
                 /// As that of the standard library.
                 pub fn store(&self, value: $value, with: Ordering) {
+                    #[cfg(loom)]
+                    self.0.swap(value, store_order(order(with)));
+                    #[cfg(not(loom))]
                     self.0.store(value, order(with));
                 }
 

@@ -1,6 +1,7 @@
 //! The real ones.
 
 pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+pub use std::sync::Arc as Shared;
 pub use std::sync::atomic;
 pub use std::thread::{JoinHandle, Thread, current, park};
 

@@ -247,3 +247,46 @@ impl Drop for Flusher {
         join(&self.threads);
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use crate::sync::explore::explore;
+
+    /// One thread puts two items in and closes; two take out what there is until it is closed. Each
+    /// item is taken once, and nobody waits for ever.
+    ///
+    /// Fails if `Channel::push` does not notify, `Channel::close` notifies one only, or `Channel::pop`
+    /// looks whether it is closed before it looks for items.
+    #[test]
+    fn loom_every_item_is_taken_once() {
+        explore("channel", 4, || {
+            let channel = Arc::new(Channel::<u32>::new());
+            let taker = |takes_all: bool| {
+                let channel = Arc::clone(&channel);
+                let take = move || {
+                    let mut taken = Vec::new();
+                    loop {
+                        let items = match takes_all {
+                            true => channel.pop_all(),
+                            false => channel.pop().map(|item| VecDeque::from([item])),
+                        };
+                        match items {
+                            Some(items) => taken.extend(items),
+                            None => return taken,
+                        }
+                    }
+                };
+                spawn_named("taker", take).expect("a thread")
+            };
+            let takers = [taker(false), taker(true)];
+            channel.push(1);
+            channel.push(2);
+            channel.close();
+            let taken = takers.map(|taker| taker.join().expect("no panic"));
+            let mut all = taken.concat();
+            all.sort_unstable();
+            assert_eq!(all, [1, 2]);
+        });
+    }
+}

@@ -145,3 +145,55 @@ impl Wake for Mailbox {
         self.signal();
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use crate::sync::explore::explore;
+    use crate::sync::spawn_named;
+
+    /// Whether the event was written to since the last look: what a poll tells. loom does not see
+    /// that, but sees the look at the mark, which changes with it.
+    fn is_polled(mailbox: &Mailbox) -> bool {
+        let _is_marked = mailbox.is_signalled();
+        mailbox.event.clear().expect("our own eventfd")
+    }
+
+    /// Two threads post and one wakes, while the worker looks whenever its event says so. What it has
+    /// not found when they are done, the event tells it of.
+    ///
+    /// Fails if `Mailbox::collect` clears the mark after it has looked, or `Mailbox::post` signals
+    /// before it has put the message there.
+    #[test]
+    fn loom_no_message_is_slept_over() {
+        explore("mailbox", 4, || {
+            let mailbox = Arc::new(Mailbox::new().expect("a descriptor"));
+            let poster = |is_wake: bool| {
+                let mailbox = Arc::clone(&mailbox);
+                let post = move || match is_wake {
+                    true => mailbox.wake_by_ref(),
+                    false => mailbox.post(Message::Quit),
+                };
+                spawn_named("poster", post).expect("a thread")
+            };
+            let posters = [poster(false), poster(true)];
+            let (mut messages, mut is_retry) = (Vec::new(), false);
+            let mut found = 0;
+            let mut look = || {
+                if is_polled(&mailbox) {
+                    messages.clear();
+                    is_retry |= mailbox.collect(&mut messages);
+                    found += messages.len();
+                }
+                (found, is_retry)
+            };
+            for _ in 0..2 {
+                look();
+            }
+            for poster in posters {
+                poster.join().expect("no panic");
+            }
+            assert_eq!(look(), (1, true));
+        });
+    }
+}
