@@ -330,9 +330,9 @@ fn share_leaves(catalogue: &Catalogue) {
         let mut next = map.tree.next_leaf(0);
         while let Some(number) = next {
             let versions = known.entry((item.row.family.0, number)).or_default();
-            if let Some(leaf) = map.tree.leaf(number).map(Shared::clone) {
+            if let Some(leaf) = map.tree.leaf(number).cloned() {
                 let same = versions.iter().find(|one| one.entries == leaf.entries);
-                if let Some(same) = same.map(Shared::clone) {
+                if let Some(same) = same.cloned() {
                     map.tree.replace_leaf(number, Some(same));
                 } else {
                     versions.push_front(leaf);

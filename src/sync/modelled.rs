@@ -175,8 +175,11 @@ where
 /// As `std::sync::atomic`.
 ///
 /// loom takes accesses that are sequentially consistent for ones that acquire and release, but knows
-/// sequentially consistent fences. So one is put in front of each such access: that orders them all,
-/// as the language does, and a little more (an access also acquires what was released at others).
+/// sequentially consistent fences. So one is put in front of each such access: with a fence before
+/// both, a store and then a load of another place keep their order, as the language has it. Fences
+/// also synchronise with each other, and so would order what the language does not, were there not a
+/// place just before each where another thread may go on: there its fence does not know of this one.
+///
 /// And where threads both store to a place and exchange there, loom lets an exchange read what was
 /// overwritten before, which no machine does. So a store is an exchange too, that acquires nothing.
 pub mod atomic {
@@ -186,49 +189,60 @@ pub mod atomic {
     pub use inner::fence;
     pub use std::sync::atomic::Ordering;
 
-    fn order(order: Ordering) -> Ordering {
-        #[cfg(loom)]
-        if order == Ordering::SeqCst {
-            fence(order);
+    /// Where another thread may go on before an access that is sequentially consistent.
+    #[derive(Default)]
+    struct Door(#[cfg(loom)] inner::AtomicU32);
+
+    impl Door {
+        /// What loom needs before an access.
+        fn pass(&self, with: Ordering) -> Ordering {
+            #[cfg(loom)]
+            if with == Ordering::SeqCst {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                fence(with);
+            }
+            with
         }
-        order
     }
 
-    #[cfg(loom)]
-    fn store_order(order: Ordering) -> Ordering {
-        match order {
-            Ordering::SeqCst => Ordering::Release,
-            order => order,
+    /// How a store exchanges.
+    fn store_order(with: Ordering) -> Ordering {
+        if with == Ordering::SeqCst {
+            Ordering::Release
+        } else {
+            with
         }
     }
 
     macro_rules! atomic {
         ($($name:ident: $value:ty),*) => {$(
             /// As that of the standard library.
-            pub struct $name(inner::$name);
+            pub struct $name(inner::$name, Door);
 
             impl $name {
                 /// With a first value.
                 pub fn new(value: $value) -> Self {
-                    Self(inner::$name::new(value))
+                    Self(inner::$name::new(value), Door::default())
                 }
 
                 /// As that of the standard library.
                 pub fn load(&self, with: Ordering) -> $value {
-                    self.0.load(order(with))
+                    self.0.load(self.1.pass(with))
                 }
 
                 /// As that of the standard library.
                 pub fn store(&self, value: $value, with: Ordering) {
-                    #[cfg(loom)]
-                    self.0.swap(value, store_order(order(with)));
-                    #[cfg(not(loom))]
-                    self.0.store(value, order(with));
+                    let with = self.1.pass(with);
+                    if cfg!(loom) {
+                        self.0.swap(value, store_order(with));
+                    } else {
+                        self.0.store(value, with);
+                    }
                 }
 
                 /// As that of the standard library.
                 pub fn swap(&self, value: $value, with: Ordering) -> $value {
-                    self.0.swap(value, order(with))
+                    self.0.swap(value, self.1.pass(with))
                 }
             }
 
@@ -251,12 +265,12 @@ pub mod atomic {
             impl $name {
                 /// As that of the standard library.
                 pub fn fetch_add(&self, value: $value, with: Ordering) -> $value {
-                    self.0.fetch_add(value, order(with))
+                    self.0.fetch_add(value, self.1.pass(with))
                 }
 
                 /// As that of the standard library.
                 pub fn fetch_sub(&self, value: $value, with: Ordering) -> $value {
-                    self.0.fetch_sub(value, order(with))
+                    self.0.fetch_sub(value, self.1.pass(with))
                 }
             }
         )*};

@@ -253,8 +253,8 @@ mod loom_tests {
     use super::*;
     use crate::sync::explore::explore;
 
-    /// One thread puts two items in and closes; two take out what there is until it is closed. Each
-    /// item is taken once, and nobody waits for ever.
+    /// One thread puts an item in and waits for it to come back, twice, then closes; two take items out
+    /// and send them back until it is closed. Each item is taken once, and nobody waits for ever.
     ///
     /// Fails if `Channel::push` does not notify, `Channel::close` notifies one only, or `Channel::pop`
     /// looks whether it is closed before it looks for items.
@@ -262,31 +262,30 @@ mod loom_tests {
     fn loom_every_item_is_taken_once() {
         explore("channel", 4, || {
             let channel = Arc::new(Channel::<u32>::new());
+            let back = Arc::new(Channel::<u32>::new());
             let taker = |takes_all: bool| {
-                let channel = Arc::clone(&channel);
+                let (channel, back) = (Arc::clone(&channel), Arc::clone(&back));
                 let take = move || {
-                    let mut taken = Vec::new();
                     loop {
                         let items = match takes_all {
                             true => channel.pop_all(),
                             false => channel.pop().map(|item| VecDeque::from([item])),
                         };
-                        match items {
-                            Some(items) => taken.extend(items),
-                            None => return taken,
-                        }
+                        let Some(items) = items else { return };
+                        items.into_iter().for_each(|item| back.push(item));
                     }
                 };
                 spawn_named("taker", take).expect("a thread")
             };
             let takers = [taker(false), taker(true)];
             channel.push(1);
+            assert_eq!(back.pop(), Some(1));
             channel.push(2);
             channel.close();
-            let taken = takers.map(|taker| taker.join().expect("no panic"));
-            let mut all = taken.concat();
-            all.sort_unstable();
-            assert_eq!(all, [1, 2]);
+            takers.map(|taker| taker.join().expect("no panic"));
+            back.close();
+            assert_eq!(back.pop(), Some(2));
+            assert_eq!(back.pop(), None);
         });
     }
 }
