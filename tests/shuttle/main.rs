@@ -52,9 +52,10 @@ fn run(seed: u64, body: impl Fn(u64) + Send + Sync + 'static) -> usize {
     }
 }
 
-/// Runs `body` under one schedule after the other until the time is over, and says which failed.
+/// Runs `body` under one schedule after the other until its `share` in percent of the time is over,
+/// and says which failed.
 #[expect(clippy::print_stdout, reason = "a run says how much it looked at")]
-fn explore(name: &str, body: impl Fn(u64) + Send + Sync + Clone + 'static) {
+fn explore(name: &str, share: u64, body: impl Fn(u64) + Send + Sync + Clone + 'static) {
     let number = |name: &str| {
         let text = std::env::var(name).ok()?;
         Some(text.parse::<u64>().expect("a number"))
@@ -62,7 +63,7 @@ fn explore(name: &str, body: impl Fn(u64) + Send + Sync + Clone + 'static) {
     let seconds = number("TIDEPOOL_SECONDS").unwrap_or(20);
     let given = number("TIDEPOOL_SEED");
     let first = given.unwrap_or_else(|| clock::unix_seconds() * 10_000);
-    let end = clock::now() + Duration::from_secs(seconds);
+    let end = clock::now() + Duration::from_millis(seconds * 10 * share);
     let (mut seed, mut schedules) = (first, 0);
     while schedules == 0 || (given.is_none() && clock::now() < end) {
         let body = body.clone();
@@ -131,7 +132,7 @@ fn queues_forks_and_free_space(seed: u64) -> usize {
 #[test]
 fn queues_forks_and_free_space_go_together() {
     static READS: AtomicUsize = AtomicUsize::new(0);
-    explore("pool", |seed| {
+    explore("pool", 95, |seed| {
         READS.fetch_add(queues_forks_and_free_space(seed), Ordering::Relaxed);
     });
     let reads = READS.load(Ordering::Relaxed);
@@ -143,7 +144,7 @@ fn queues_forks_and_free_space_go_together() {
 /// more was promised than there was.
 #[test]
 fn a_reserve_is_found_and_made_in_one_step() {
-    explore("reserve", |_seed| {
+    explore("reserve", 5, |_seed| {
         clock::hold_still(Some(1_700_000_000));
         let (_storage, pool) = fresh();
         cowdisk::create(&pool, &NewDisk::empty("d", CLUSTER)).expect("creates");
