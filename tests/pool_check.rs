@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk, NewDisk};
-use tidepool::pool::check::{check, repair};
+use tidepool::pool::check::check;
 use tidepool::pool::dump::dump;
+use tidepool::pool::repair::repair;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{SimStorage, Storage};
 

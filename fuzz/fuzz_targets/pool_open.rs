@@ -8,6 +8,7 @@ use tidepool::cowdisk::{self, Disk, NewDisk};
 use tidepool::format::{FormatError, crc32c};
 use tidepool::format::journal::{BatchWriter, HEADER_LEN, Record, Stamp, decode_batch, decode_header};
 use tidepool::format::superblock::{JOURNAL_AT, SUPERBLOCK_AT, SUPERBLOCK_LEN};
+use tidepool::pool::repair::repair;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, PoolError, check, open};
 use tidepool::storage::{SimStorage, Storage};
 
@@ -78,6 +79,26 @@ fn reseal(storage: &SimStorage) {
     }
 }
 
+/// A repair does all that the check says it can, or nothing.
+fn mend(storage: &SimStorage) {
+    let storage = Arc::new(storage.crash_all_kept());
+    let store = Arc::clone(&storage) as Arc<dyn Storage>;
+    let Ok(report) = check::check(&*store) else { return };
+    let is_mendable = report.faults.iter().all(|fault| fault.remedy.is_some());
+    let changes = storage.counters().changes();
+    match repair(&store) {
+        Ok(_) => {
+            let left = check::check(&*store).expect("the store works").faults;
+            assert!(is_mendable && left.is_empty(), "{left:?} are left of {:?}", report.faults);
+        }
+        Err(PoolError::Format(FormatError::Features { .. }) | PoolError::NoSpace) => {}
+        Err(error) => {
+            assert!(!is_mendable, "{error}, but the check said {:?}", report.faults);
+            assert_eq!(storage.counters().changes(), changes, "it changed something");
+        }
+    }
+}
+
 fuzz_target!(|data: &[u8]| {
     let storage = Arc::new(valid().crash_all_kept());
     // Pieces: where (3 bytes, in units of 4), how many, the bytes.
@@ -89,6 +110,7 @@ fuzz_target!(|data: &[u8]| {
         rest = &tail[len..];
     }
     reseal(&storage);
+    mend(&storage);
     let report = check::check(&*storage);
     let options = OpenOptions::default();
     match Pool::open(Arc::clone(&storage) as Arc<dyn Storage>, &options) {

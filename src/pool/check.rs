@@ -1,25 +1,47 @@
-//! Checking a pool that nobody has open, and repairing what can be rebuilt.
+//! Checking a pool that nobody has open: every fault by name, what [`super::repair`] would do about
+//! it, and what is lost by that.
 
-use super::Pool;
-use super::derive::{EntryFault, derive};
+use super::derive::Mend;
 use super::error::PoolError;
-use super::load::{Loaded, check_len, load, read_superblock};
-use super::open::OpenOptions;
-use super::space::Space;
+use super::load::{JournalFault, Loaded, check_len, load, read_superblock};
+use super::repair::mend;
 use crate::format::catalogue::RowKind;
-use crate::format::journal::Entry;
+use crate::format::journal::Record;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::format::units::{Generation, Lcn};
+use crate::format::units::{ClusterSize, DiskId, Lcn};
 use crate::storage::{AlignedBuf, Storage};
-use crate::sync::Arc;
 
 /// Something wrong with a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
     /// What, and where.
     pub what: String,
-    /// What [`repair`] does about it; `None` if it can do nothing.
+    /// What a repair does about it; `None` if it can do nothing.
     pub remedy: Option<String>,
+    /// What is lost by that, as far as the pool says.
+    pub lost: Vec<Lost>,
+}
+
+/// A part of a disk whose contents, or last changes, a repair gives up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// The disk or snapshot.
+    pub disk: String,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Lost {
+    /// `count` clusters of `disk` from `first`.
+    pub(super) fn clusters(disk: &str, first: Lcn, count: u32, size: ClusterSize) -> Self {
+        Self {
+            disk: disk.to_owned(),
+            offset: size.disk_offset(first),
+            len: u64::from(count) * size.bytes(),
+        }
+    }
 }
 
 /// What a check found.
@@ -27,6 +49,8 @@ pub struct Fault {
 pub struct Report {
     /// Empty for a pool that is well.
     pub faults: Vec<Fault>,
+    /// What is odd and harmless.
+    pub remarks: Vec<String>,
     /// Disks and snapshots found.
     pub disks: usize,
     /// Clusters that hold data of disks.
@@ -44,6 +68,7 @@ impl Report {
         self.faults.push(Fault {
             what: what.into(),
             remedy: remedy.map(str::to_owned),
+            lost: Vec::new(),
         });
     }
 }
@@ -67,15 +92,23 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
             return Ok(report);
         }
     };
-    if let Some(fault) = &loaded.journal_fault {
-        let remedy = "keeps everything before that batch, and drops what came after";
-        report.fault(fault.to_string(), Some(remedy));
+    for fault in &loaded.journal_faults {
+        check_journal(storage, &loaded, fault, &mut report)?;
     }
-    let mut space = Space::new();
-    for fault in derive(&loaded, &mut space) {
-        let remedy = "zeros take the place of that cluster of the disk";
-        report.fault(fault.to_string(), fault.is_mendable.then_some(remedy));
-    }
+    let mended = mend(&loaded, &mut |fault, lost| {
+        let remedy = match fault.mend {
+            Mend::Nothing => None,
+            Mend::Zeros => Some("zeros take its place"),
+            Mend::Share => Some("it is copied before it is written again; nothing is lost"),
+        };
+        report.fault(fault.to_string(), remedy);
+        if let Some(last) = report.faults.last_mut() {
+            last.lost = lost;
+        }
+    });
+    let Ok(space) = mended else {
+        return Ok(report);
+    };
     check_catalogue(&loaded, &mut report);
     let usage = space.usage();
     report.disks = loaded.catalogue.iter().count();
@@ -133,6 +166,76 @@ fn check_superblocks(
     Ok(Some(superblock))
 }
 
+/// Where the journal breaks off, and what is lost from there on.
+fn check_journal(
+    storage: &dyn Storage,
+    loaded: &Loaded,
+    fault: &JournalFault,
+    report: &mut Report,
+) -> Result<(), PoolError> {
+    let Some(seq) = fault.stopped_before else {
+        let remedy = "the checkpoint image has what it said; nothing is lost";
+        report.fault(fault.error.to_string(), Some(remedy));
+        return Ok(());
+    };
+    let remedy = "keeps everything before that batch; what it and later ones said is lost";
+    report.fault(fault.error.to_string(), Some(remedy));
+    let records = loaded.journal.intact_from(storage, seq)?;
+    if let Some(last) = report.faults.last_mut() {
+        last.lost = said_by(loaded, &records);
+    }
+    Ok(())
+}
+
+/// The parts of disks that records are about, neighbours together.
+fn said_by(loaded: &Loaded, records: &[Record]) -> Vec<Lost> {
+    let size = loaded.superblock.cluster_size;
+    let name = |id: DiskId| {
+        let new = records.iter().rev().find_map(|record| match record {
+            Record::Row(row) if row.id == id => Some(row.name.clone()),
+            Record::Row(_)
+            | Record::Map { .. }
+            | Record::Unmap { .. }
+            | Record::Fork { .. }
+            | Record::Delete { .. } => None,
+        });
+        let known = loaded.catalogue.get(id).map(|item| item.row.name.clone());
+        known.or(new).unwrap_or_else(|| format!("disk {id}"))
+    };
+    let mut lost: Vec<Lost> = Vec::new();
+    for record in records {
+        let (disk, first, count) = match record {
+            Record::Map { disk, lcn, .. } => (*disk, *lcn, 1),
+            Record::Unmap {
+                disk, first, count, ..
+            } => (*disk, *first, *count),
+            // All of a disk that is new, or became the copy of another.
+            Record::Row(row) if loaded.catalogue.get(row.id).is_none() => {
+                (row.id, Lcn(0), size.count(row.size).unwrap_or(u32::MAX))
+            }
+            Record::Fork { to, .. } => {
+                let item = loaded.catalogue.get(*to);
+                let len = item.map_or(0, |item| item.row.size);
+                (*to, Lcn(0), size.count(len).unwrap_or(u32::MAX))
+            }
+            Record::Row(_) | Record::Delete { .. } => continue,
+        };
+        lost.push(Lost::clusters(&name(disk), first, count, size));
+    }
+    lost.sort_by(|one, other| (&one.disk, one.offset).cmp(&(&other.disk, other.offset)));
+    lost.dedup_by(|next, one| {
+        let end = one.offset.saturating_add(one.len);
+        let is_joined = one.disk == next.disk && next.offset <= end;
+        if is_joined {
+            one.len = one
+                .len
+                .max((next.offset - one.offset).saturating_add(next.len));
+        }
+        is_joined
+    });
+    lost
+}
+
 fn check_catalogue(loaded: &Loaded, report: &mut Report) {
     for item in loaded
         .catalogue
@@ -141,82 +244,10 @@ fn check_catalogue(loaded: &Loaded, report: &mut Report) {
     {
         let disk = item.row.name.split('@').next().unwrap_or_default();
         if loaded.catalogue.find(disk).is_err() {
-            let what = format!("snapshot `{}` has no disk `{disk}`", item.row.name);
-            report.fault(what, Some("it stays; fork it to get a disk"));
+            let what = "has no disk; fork it to get one";
+            report
+                .remarks
+                .push(format!("snapshot `{}` {what}", item.row.name));
         }
-    }
-}
-
-/// Repairs what can be rebuilt in the pool in `storage`, which nobody else has open: superblock
-/// copies, a journal that breaks off, entries that cannot be. What is lost by that is said by the
-/// faults in the report, which is of the state before.
-///
-/// # Errors
-/// The store failed, or the pool has a fault that cannot be repaired; nothing was changed then.
-pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
-    let report = check(&**storage)?;
-    if let Some(fault) = report.faults.iter().find(|fault| fault.remedy.is_none()) {
-        return Err(PoolError::damaged(format!(
-            "{}; this cannot be repaired",
-            fault.what
-        )));
-    }
-    if report.faults.is_empty() {
-        return Ok(report);
-    }
-    let (superblock, _) = read_superblock(&**storage)?;
-    let loaded = load(&**storage, superblock)?;
-    let lost = derive(&loaded, &mut Space::new());
-    replace_entries(&loaded, &lost);
-    let mut space = Space::new();
-    if let Some(fault) = derive(&loaded, &mut space).first() {
-        return Err(PoolError::damaged(format!(
-            "{fault}; this cannot be repaired"
-        )));
-    }
-    loaded.journal.settle_last(&**storage)?;
-    loaded.journal.erase_rest(&**storage)?;
-    let options = OpenOptions {
-        owner: "tidepool pool check --repair".to_owned(),
-        ..OpenOptions::default()
-    };
-    let pool = Pool::assemble(Arc::clone(storage), loaded, space, &options);
-    pool.begin_epoch(&options.owner)?;
-    for item in pool.items() {
-        let mut map = item.volume.map.write();
-        pool.list_changes(&item.volume, &mut map);
-    }
-    pool.close()?;
-    Ok(report)
-}
-
-/// Zeros take the place of entries that cannot be, in every disk that has them (leaves are shared);
-/// they are marked as changed, for the journal.
-fn replace_entries(loaded: &Loaded, lost: &[EntryFault]) {
-    let zeros = Entry {
-        zero: u16::MAX,
-        ..Entry::default()
-    };
-    for fault in lost {
-        let lcn = Lcn(fault.lcn);
-        let Ok(named) = loaded.catalogue.find(&fault.disk) else {
-            continue;
-        };
-        let bad = named.volume.map.read().get(lcn);
-        for item in loaded.catalogue.iter() {
-            let mut map = item.volume.map.write();
-            if bad != zeros && map.get(lcn) == bad {
-                map.replay_dirty_entry(&loaded.replay, lcn, zeros);
-            }
-        }
-    }
-}
-
-impl super::volume::Map {
-    /// As replay, but the entry is put into the next batch.
-    fn replay_dirty_entry(&mut self, replay: &super::load::Replay, lcn: Lcn, entry: Entry) {
-        self.replay_entry(replay, lcn, entry);
-        self.changed = Generation(replay.generation);
-        self.mark_dirty(&replay.counts, lcn);
     }
 }

@@ -21,12 +21,25 @@ use std::ops::Range;
 pub struct EntryFault {
     /// The disk or snapshot.
     pub disk: String,
-    /// Its cluster.
+    /// Its cluster, the first of some.
     pub lcn: u32,
+    /// How many.
+    pub count: u32,
     /// What is wrong.
     pub what: String,
-    /// It is about this entry alone, and another could take its place.
-    pub is_mendable: bool,
+    /// What helps.
+    pub mend: Mend,
+}
+
+/// What is to be done about an entry that cannot be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mend {
+    /// Nothing can be done.
+    Nothing,
+    /// Zeros take its place.
+    Zeros,
+    /// Nobody takes the cluster for its alone: it is copied before it is written again.
+    Share,
 }
 
 /// Owner of the clusters of the checkpoint image. No cluster of a disk has the last number.
@@ -68,11 +81,16 @@ pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
             references.add_leaf(&disk, number, is_shared, leaf);
         });
         for clash in &seen.clashes()[clashes..] {
-            let what = match clash.is_elsewhere {
-                true => "a map node belongs to another place too",
-                false => SHARED,
+            let (what, mend) = match clash.is_elsewhere {
+                true => ("a map node belongs to another place too", Mend::Nothing),
+                false => (SHARED, Mend::Share),
             };
-            references.fault(&disk, clash.lcn, what, false);
+            references.fault(
+                &disk,
+                clash.lcn..clash.lcn.saturating_add(clash.count),
+                what,
+                mend,
+            );
         }
     }
     let (used, faults) = references.finish();
@@ -130,13 +148,23 @@ struct References<'a> {
 }
 
 impl References<'_> {
-    fn fault(&mut self, disk: &Owner<'_>, lcn: u32, what: impl Into<String>, is_mendable: bool) {
+    fn fault(&mut self, disk: &Owner<'_>, lcns: Range<u32>, what: &str, mend: Mend) {
         self.faults.push(EntryFault {
             disk: disk.name.to_owned(),
-            lcn,
-            what: what.into(),
-            is_mendable,
+            lcn: lcns.start,
+            count: lcns.end - lcns.start,
+            what: what.to_owned(),
+            mend,
         });
+    }
+
+    /// A fault of one entry.
+    fn entry_fault(&mut self, disk: &Owner<'_>, lcn: u32, what: &str) {
+        let mend = match what {
+            SHARED => Mend::Share,
+            _ => Mend::Zeros,
+        };
+        self.fault(disk, lcn..lcn.saturating_add(1), what, mend);
     }
 
     fn add_image(&mut self, cluster: u32) {
@@ -145,8 +173,9 @@ impl References<'_> {
             Some(_) | None => self.faults.push(EntryFault {
                 disk: "checkpoint image".to_owned(),
                 lcn: cluster,
+                count: 1,
                 what: "this cluster of the pool cannot belong to it".to_owned(),
-                is_mendable: false,
+                mend: Mend::Nothing,
             }),
         }
     }
@@ -169,12 +198,12 @@ impl References<'_> {
         for (place, entry) in (0_u32..).zip(&leaf.entries) {
             let lcn = first + place;
             if bad >> place & 1 == 1 {
-                self.fault(disk, lcn, entry.fault(start, end).unwrap_or_default(), true);
+                self.entry_fault(disk, lcn, entry.fault(start, end).unwrap_or_default());
             } else if let Err(what) = self.add_entry(entry, family | u64::from(lcn), disk) {
-                self.fault(disk, lcn, what, true);
+                self.entry_fault(disk, lcn, &what);
             } else if odd >> place & 1 == 1 {
                 let what = disk.fault(lcn, entry, is_shared, generation);
-                self.fault(disk, lcn, what.unwrap_or_default(), true);
+                self.entry_fault(disk, lcn, what.unwrap_or_default());
             }
         }
     }

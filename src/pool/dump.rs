@@ -55,7 +55,11 @@ pub fn dump(storage: &dyn Storage, line: &mut dyn FnMut(&Value)) -> Result<(), P
         "next_disk": loaded.replay.next_disk,
         "last_batch": loaded.journal.last_seq(),
     }));
-    loaded.journal_fault.map_or(Ok(()), Err)
+    loaded
+        .journal_faults
+        .into_iter()
+        .next()
+        .map_or(Ok(()), |fault| Err(fault.error))
 }
 
 fn superblock_line(at: u64, superblock: &Superblock) -> Value {

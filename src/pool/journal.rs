@@ -9,6 +9,7 @@ use crate::format::journal::{
 use crate::format::superblock::{JournalStart, Superblock};
 use crate::format::units::{BLOCK, index, len_of};
 use crate::storage::{AlignedBuf, Storage};
+use std::collections::BTreeMap;
 
 /// Longest batch that is collected before it is written, bytes.
 pub const BATCH_LEN_MAX: u64 = 256 << 10;
@@ -170,32 +171,29 @@ impl Journal {
     }
 
     /// Reads the batch that would come next, and steps over it. `None` at the end of what was
-    /// written. Batches an image covers are stepped over without being returned.
+    /// written. Of batches that an image covers, nothing is returned.
     ///
     /// # Errors
     /// The store failed, or a later batch is intact although this one is not: then the journal is
     /// damaged, and stopping here would lose what was acknowledged.
     pub fn replay_next(&mut self, storage: &dyn Storage) -> Result<Option<Vec<Record>>, PoolError> {
-        loop {
-            let found = match self.read_here(storage)? {
-                Some(found) => Some(found),
-                None if self.may_continue_in_other_half() => {
-                    // The next batch may be there by a mistake of the device, and the others here.
-                    self.refuse_if_later_batches(storage)?;
-                    self.read_in_other_half(storage)?
-                }
-                None => None,
-            };
-            let Some((header, records)) = found else {
-                self.refuse_if_later_batches(storage)?;
-                return Ok(None);
-            };
-            let seq = self.next_seq;
-            self.advance(header.len, header.crc);
-            if seq > self.image_seq {
-                return Ok(Some(records));
+        let found = match self.read_here(storage)? {
+            Some(found) => Some(found),
+            None if self.may_continue_in_other_half() => {
+                // The next batch may be there by a mistake of the device, and the others here.
+                self.refuse_if_later(storage, self.active, self.used)?;
+                self.read_in_other_half(storage)?
             }
-        }
+            None => None,
+        };
+        let Some((header, records)) = found else {
+            self.refuse_if_later(storage, self.active, self.used)?;
+            self.refuse_if_later(storage, 1 - self.active, 0)?;
+            return Ok(None);
+        };
+        let is_covered = self.next_seq <= self.image_seq;
+        self.advance(header.len, header.crc);
+        Ok(Some(if is_covered { Vec::new() } else { records }))
     }
 
     /// R11: makes the last batch that was read durable. The process that wrote it may have been
@@ -269,61 +267,120 @@ impl Journal {
             && header.stamp.open_epoch <= self.open_epoch
     }
 
-    /// Makes what follows the last good batch unreadable, for a repair that gives it up.
+    /// One batch is outstanding at a time (R9), so nothing intact follows the end of the journal
+    /// except batches of earlier rounds, with lower numbers. Looks from byte `from` of a half on,
+    /// over one batch that cannot be read and at the one after it.
+    fn refuse_if_later(
+        &self,
+        storage: &dyn Storage,
+        half: u32,
+        from: u64,
+    ) -> Result<(), PoolError> {
+        let len = (2 * BATCH_LEN_MAX + 2 * BLOCK).min(self.half_len.saturating_sub(from));
+        let mut window = AlignedBuf::new(len_of(len));
+        storage
+            .read_at(&mut window, self.at[index(half)] + from)
+            .map_err(PoolError::storage("reading the journal"))?;
+        for (n, block) in (0..).zip(window.chunks(len_of(BLOCK))) {
+            let Ok(header) = decode_header(block) else {
+                continue;
+            };
+            let is_later = header.stamp.seq > self.next_seq;
+            if is_later && self.intact_at(storage, half, from + n * BLOCK)?.is_some() {
+                return Err(PoolError::damaged(format!(
+                    "journal batch {} cannot be read, but batch {} after it can",
+                    self.next_seq, header.stamp.seq
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole batch of this pool at byte `used` of a half, whatever its number.
+    fn intact_at(
+        &self,
+        storage: &dyn Storage,
+        half: u32,
+        used: u64,
+    ) -> Result<Option<(BatchHeader, Vec<Record>)>, PoolError> {
+        if used + BLOCK > self.half_len {
+            return Ok(None);
+        }
+        let at = self.at[index(half)] + used;
+        let read = |len: u64| {
+            let mut bytes = AlignedBuf::new(len_of(len));
+            let read = storage.read_at(&mut bytes, at);
+            read.map_err(PoolError::storage("reading the journal"))?;
+            Ok::<_, PoolError>(bytes)
+        };
+        let Ok(header) = decode_header(&read(BLOCK)?) else {
+            return Ok(None);
+        };
+        if header.stamp.uuid_low != self.uuid_low || header.len > self.half_len - used {
+            return Ok(None);
+        }
+        let records = decode_batch(&header, &read(header.len)?);
+        Ok(records.ok().map(|records| (header, records)))
+    }
+
+    /// What all whole batches of this pool from number `seq` on say, in their order, wherever they
+    /// are: what is lost if they are given up. Reads all of both halves.
     ///
     /// # Errors
     /// The store failed.
-    pub fn erase_rest(&self, storage: &dyn Storage) -> Result<(), PoolError> {
-        let zeros = AlignedBuf::new(len_of(BATCH_LEN_MAX));
-        let other = 1 - self.active;
-        let is_needed = self.halves[index(other)].is_some_and(|half| half.last_seq > 0);
-        let erase = |half: u32, from: u64| {
-            let mut at = from;
-            while at < self.half_len {
-                let len = len_of((self.half_len - at).min(BATCH_LEN_MAX));
-                storage.write_at(&zeros[..len], self.at[index(half)] + at)?;
-                at += BATCH_LEN_MAX;
+    pub fn intact_from(&self, storage: &dyn Storage, seq: u64) -> Result<Vec<Record>, PoolError> {
+        let mut batches = BTreeMap::new();
+        self.search(storage, &mut |_, _, header, records| {
+            if header.stamp.seq >= seq {
+                batches.insert((header.stamp.seq, header.stamp.open_epoch), records);
             }
-            storage.flush()
-        };
-        let erased = erase(self.active, self.used)
-            .and_then(|()| if is_needed { Ok(()) } else { erase(other, 0) });
-        erased.map_err(PoolError::storage("erasing the damaged end of the journal"))
+        })?;
+        Ok(batches.into_values().flatten().collect())
     }
 
-    /// One batch is outstanding at a time (R9), so nothing intact follows the end of the journal
-    /// except batches of earlier rounds, with lower numbers.
-    fn refuse_if_later_batches(&self, storage: &dyn Storage) -> Result<(), PoolError> {
-        let mut places = vec![(self.active, self.used)];
-        let window = 2 * BATCH_LEN_MAX + 2 * BLOCK;
-        let end = self.half_len.min(self.used.saturating_add(window));
-        let blocks = (end - self.used.min(end)) / BLOCK;
-        places.extend((1..blocks).map(|n| (self.active, self.used + n * BLOCK)));
-        places.push((1 - self.active, 0));
-        let mut block = AlignedBuf::new(len_of(BLOCK));
-        for (half, used) in places {
-            if used + BLOCK > self.half_len {
-                continue;
+    /// Goes to the first batch that the image does not cover, wherever it is; whether there is one.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn skip_to_image(&mut self, storage: &dyn Storage) -> Result<bool, PoolError> {
+        let wanted = self.image_seq + 1;
+        let mut found: Option<(u32, u64, BatchHeader)> = None;
+        self.search(storage, &mut |half, used, header, _| {
+            let epoch = found.as_ref().map(|(_, _, known)| known.stamp.open_epoch);
+            if header.stamp.seq == wanted
+                && epoch.is_none_or(|epoch| epoch < header.stamp.open_epoch)
+            {
+                found = Some((half, used, header));
             }
-            let at = self.at[index(half)] + used;
-            storage
-                .read_at(&mut block, at)
-                .map_err(PoolError::storage("reading the journal"))?;
-            let Ok(header) = decode_header(&block) else {
-                continue;
-            };
-            let is_ours = header.stamp.uuid_low == self.uuid_low;
-            if is_ours && header.stamp.seq > self.next_seq && header.len <= self.half_len - used {
-                let mut batch = AlignedBuf::new(len_of(header.len));
-                storage
-                    .read_at(&mut batch, at)
-                    .map_err(PoolError::storage("reading the journal"))?;
-                if decode_batch(&header, &batch).is_ok() {
-                    return Err(PoolError::damaged(format!(
-                        "journal batch {} cannot be read, but batch {} after it can",
-                        self.next_seq, header.stamp.seq
-                    )));
+        })?;
+        let Some((half, used, header)) = found else {
+            return Ok(false);
+        };
+        self.next_seq = wanted;
+        self.prev_crc = header.stamp.prev_crc;
+        self.switch();
+        if self.active != half {
+            self.switch();
+        }
+        self.used = used;
+        Ok(true)
+    }
+
+    /// Calls `visit` with the half, byte, header and records of every whole batch of this pool.
+    fn search(
+        &self,
+        storage: &dyn Storage,
+        visit: &mut dyn FnMut(u32, u64, BatchHeader, Vec<Record>),
+    ) -> Result<(), PoolError> {
+        for half in [0, 1] {
+            let mut used = 0;
+            while used < self.half_len {
+                let found = self.intact_at(storage, half, used)?;
+                let len = found.as_ref().map_or(BLOCK, |(header, _)| header.len);
+                if let Some((header, records)) = found {
+                    visit(half, used, header, records);
                 }
+                used += len;
             }
         }
         Ok(())
@@ -399,12 +456,8 @@ mod tests {
         let mut replay = Journal::new(&pool_with_image(start, image_seq));
         replay.set_open_epoch(journal.open_epoch);
         let mut found = 0;
-        while replay
-            .replay_next(&storage)
-            .expect("nothing is missing")
-            .is_some()
-        {
-            found += 1;
+        while let Some(records) = replay.replay_next(&storage).expect("nothing is missing") {
+            found += u64::from(!records.is_empty());
         }
         assert_eq!(found, journal.last_seq() - image_seq);
     }

@@ -98,14 +98,101 @@ pub(super) struct Loaded {
     pub journal: Journal,
     pub replay: Replay,
     pub image_clusters: ImageClusters,
-    /// Replay stopped here, although the journal seems to go on.
-    pub journal_fault: Option<PoolError>,
+    /// Where the journal cannot be read as it should.
+    pub journal_faults: Vec<JournalFault>,
 }
 
-/// Loads the image and replays the journal.
+/// A place where the journal breaks off, although it seems to go on.
+#[derive(Debug)]
+pub(super) struct JournalFault {
+    pub error: PoolError,
+    /// Replay stopped before this batch; `None` if the image covers what could not be read, and
+    /// replay went on behind it.
+    pub stopped_before: Option<u64>,
+}
+
+/// Loads the image and replays the journal, as far as it can be.
+///
+/// # Errors
+/// The store failed, or the image is damaged.
 pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Loaded, PoolError> {
+    match load_before(storage, superblock.clone(), u64::MAX)? {
+        Ok(loaded) => Ok(loaded),
+        // Some of the records of that batch have been replayed: once more, without them.
+        Err(Unfit { seq, error }) => {
+            let again = load_before(storage, superblock, seq)?;
+            let mut loaded = again.map_err(|again| again.error)?;
+            loaded.journal_faults.push(JournalFault {
+                error,
+                stopped_before: Some(seq),
+            });
+            Ok(loaded)
+        }
+    }
+}
+
+/// A whole batch with a record that does not fit what was there.
+struct Unfit {
+    seq: u64,
+    error: PoolError,
+}
+
+/// As [`load`], without the batches from `end` on.
+fn load_before(
+    storage: &dyn Storage,
+    superblock: Superblock,
+    end: u64,
+) -> Result<Result<Loaded, Unfit>, PoolError> {
+    let (mut catalogue, mut replay, image_clusters) = load_frozen(storage, &superblock)?;
+    let mut journal = Journal::new(&superblock);
+    let mut journal_faults = Vec::new();
+    while journal.last_seq() + 1 < end {
+        let error = match journal.replay_next(storage) {
+            Ok(Some(records)) => {
+                let size = superblock.cluster_size;
+                if let Err(error) = replay_all(records, &mut catalogue, &mut replay, size) {
+                    let seq = journal.last_seq();
+                    return Ok(Err(Unfit { seq, error }));
+                }
+                continue;
+            }
+            Ok(None) if journal.last_seq() < journal.image_seq() => PoolError::damaged(format!(
+                "the journal ends with batch {}, but the checkpoint image has batch {}",
+                journal.last_seq(),
+                journal.image_seq()
+            )),
+            Ok(None) => break,
+            Err(e @ PoolError::Storage { .. }) => return Err(e),
+            Err(error) => error,
+        };
+        let is_covered = journal.last_seq() < journal.image_seq();
+        let goes_on = is_covered && journal.skip_to_image(storage)?;
+        let next = (journal.last_seq() + 1).max(journal.image_seq() + 1);
+        journal_faults.push(JournalFault {
+            error,
+            stopped_before: (!goes_on).then_some(next),
+        });
+        if !goes_on {
+            break;
+        }
+    }
+    Ok(Ok(Loaded {
+        superblock,
+        catalogue,
+        journal,
+        replay,
+        image_clusters,
+        journal_faults,
+    }))
+}
+
+/// What the image says.
+fn load_frozen(
+    storage: &dyn Storage,
+    superblock: &Superblock,
+) -> Result<(Catalogue, Replay, ImageClusters), PoolError> {
     let size = superblock.cluster_size;
-    let (frozen, image_clusters) = load_image(storage, &superblock)?;
+    let (frozen, image_clusters) = load_image(storage, superblock)?;
     let mut replay = Replay {
         generation: frozen.generation.0,
         next_disk: frozen.next_disk.0,
@@ -124,32 +211,7 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
         replay.next_disk = replay.next_disk.max(row.id.0.saturating_add(1));
         catalogue.put(row, &Arc::new(volume));
     }
-    let mut journal = Journal::new(&superblock);
-    let journal_fault = loop {
-        let records = match journal.replay_next(storage) {
-            Ok(Some(records)) => records,
-            Ok(None) if journal.last_seq() < journal.image_seq() => {
-                break Some(PoolError::damaged(format!(
-                    "the journal ends with batch {}, but the checkpoint image has batch {}",
-                    journal.last_seq(),
-                    journal.image_seq()
-                )));
-            }
-            Ok(None) => break None,
-            Err(fault) => break Some(fault),
-        };
-        if let Err(fault) = replay_all(records, &mut catalogue, &mut replay, size) {
-            break Some(fault);
-        }
-    };
-    Ok(Loaded {
-        superblock,
-        catalogue,
-        journal,
-        replay,
-        image_clusters,
-        journal_fault,
-    })
+    Ok((catalogue, replay, image_clusters))
 }
 
 fn replay_all(

@@ -181,9 +181,9 @@ impl Pool {
             superblock.check_writable()?;
         }
         check_len(&*storage, &superblock)?;
-        let loaded = load(&*storage, superblock)?;
-        if let Some(fault) = loaded.journal_fault {
-            return Err(fault);
+        let mut loaded = load(&*storage, superblock)?;
+        if let Some(fault) = loaded.journal_faults.pop() {
+            return Err(fault.error);
         }
         let mut space = Space::new();
         if let Some(fault) = derive(&loaded, &mut space).first() {

@@ -1,10 +1,6 @@
 //! A pool's metadata made anew from a [`super::dump`]: the way back when it is damaged beyond
 //! repair, and the way to pools made by hand. Data is not touched: it stays where the maps say.
-//!
-//! The new image goes into clusters that the dump says are free, and only then do the superblocks
-//! name it. Whoever is interrupted runs it again.
 
-use super::Pool;
 use super::catalogue::Catalogue;
 use super::counts::Counts;
 use super::derive::derive;
@@ -13,7 +9,7 @@ use super::error::PoolError;
 use super::journal::Journal;
 use super::load::{Loaded, Replay, check_len, superblock_copies};
 use super::map::{Leaf, Tree, Zeros};
-use super::open::{OpenOptions, zero_journal};
+use super::rewrite::rewrite;
 use super::space::Space;
 use super::volume::{Map, Volume};
 use crate::format::catalogue::Row;
@@ -27,8 +23,6 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::{HashMap, VecDeque};
 
-/// Batches before the dump's are told from those that follow by at least so much.
-const SEQ_GAP: u64 = 1 << 32;
 /// Leaves of one place that a further one is compared with: those of the disks made last.
 const VERSIONS_COMPARED: usize = 16;
 
@@ -287,9 +281,6 @@ impl Dump {
             superblock.generation = superblock.generation.max(copy.generation);
             superblock.open_epoch = superblock.open_epoch.max(copy.open_epoch);
         }
-        superblock.start.seq = last_batch
-            .checked_add(SEQ_GAP)
-            .ok_or_else(|| bad(format!("batch {last_batch}")))?;
         share_leaves(&self.catalogue);
         let restored = Restored {
             disks: self.catalogue.iter().count(),
@@ -301,20 +292,13 @@ impl Dump {
             catalogue: self.catalogue,
             replay: self.replay,
             image_clusters: Vec::new(),
-            journal_fault: None,
+            journal_faults: Vec::new(),
         };
         let mut space = Space::new();
         if let Some(fault) = derive(&loaded, &mut space).first() {
             return Err(bad(fault));
         }
-        let options = OpenOptions::default();
-        let pool = Pool::assemble(Arc::clone(storage), loaded, space, &options);
-        pool.write_image_alone()?;
-        // What is left of older batches is of no more use, and could be taken for a later journal.
-        let zeroed = zero_journal(&**storage, &pool.superblock());
-        zeroed.map_err(PoolError::storage("clearing the journal"))?;
-        pool.begin_epoch("tidepool pool restore")?;
-        pool.close()?;
+        rewrite(storage, loaded, space, last_batch, "tidepool pool restore")?;
         Ok(restored)
     }
 }

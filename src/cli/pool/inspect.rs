@@ -5,9 +5,10 @@ use super::{Check, Restore, Target};
 use crate::cli::failure::Failure;
 use crate::cli::output::{self, Reply};
 use crate::cli::{human, open};
-use crate::pool::check::{self, Report};
+use crate::pool::check::{self, Fault, Lost, Report};
 use crate::pool::dump::dump as dump_pool;
 use crate::pool::load::read_superblock;
+use crate::pool::repair;
 use crate::pool::restore::Dump;
 use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::Arc;
@@ -18,6 +19,9 @@ use std::path::Path;
 
 /// Longest line of a dump, bytes: rows are the longest.
 const LINE_LEN_MAX: u64 = 1 << 20;
+
+/// Parts of disks that are listed for a fault.
+const LOST_SHOWN_MAX: usize = 20;
 
 fn storage(path: &Path, access: Access) -> Result<Arc<dyn Storage>, Failure> {
     let storage = FileStorage::open(path, access).map_err(|e| open::refusal(path, &e))?;
@@ -37,7 +41,7 @@ pub(super) fn check(args: &Check) -> Result<Reply, Failure> {
     if !args.repair || before.faults.is_empty() {
         return Ok(report(path, &before, &before, false));
     }
-    check::repair(&storage).map_err(failed)?;
+    repair::repair(&storage).map_err(failed)?;
     let after = check::check(&*storage).map_err(failed)?;
     Ok(report(path, &before, &after, true))
 }
@@ -54,6 +58,10 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
             (Some(remedy), false) => format!("--repair: {remedy}"),
         };
         text.push_str(&format!("fault: {}\n  {remedy}\n", fault.what));
+        text.push_str(&lost(fault));
+    }
+    for remark in &before.remarks {
+        text.push_str(&format!("note: {remark}\n"));
     }
     let shown = path.display();
     text.push_str(&match after.faults.len() {
@@ -68,11 +76,16 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
     });
     let faults = before.faults.iter();
     let faults: Vec<Value> = faults
-        .map(|fault| json!({ "what": fault.what, "remedy": fault.remedy }))
+        .map(|fault| {
+            let lost = |lost: &Lost| json!({ "disk": lost.disk, "offset": lost.offset, "bytes": lost.len });
+            let lost: Vec<Value> = fault.lost.iter().map(lost).collect();
+            json!({ "what": fault.what, "remedy": fault.remedy, "lost": lost })
+        })
         .collect();
     let json = json!({
         "pool": path,
         "faults": faults,
+        "remarks": before.remarks,
         "faults_left": after.faults.len(),
         "is_repaired": is_repaired,
         "is_clean": before.is_clean,
@@ -84,6 +97,22 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
         is_failure: !after.faults.is_empty(),
         ..Reply::new(json, text)
     }
+}
+
+/// What a repair gives up, a line for each part.
+fn lost(fault: &Fault) -> String {
+    let mut text = String::new();
+    for Lost { disk, offset, len } in fault.lost.iter().take(LOST_SHOWN_MAX) {
+        let last = offset.saturating_add(len.saturating_sub(1));
+        text.push_str(&format!("  lost: `{disk}`, bytes {offset} to {last}\n"));
+    }
+    if fault.lost.len() > LOST_SHOWN_MAX {
+        let more = fault.lost.len() - LOST_SHOWN_MAX;
+        text.push_str(&format!(
+            "  lost: {more} more parts (--output json has them)\n"
+        ));
+    }
+    text
 }
 
 pub(super) fn dump(args: &Target) -> Result<Reply, Failure> {

@@ -1,0 +1,197 @@
+//! A repair mends every fault that its check says it can, loses what the check named and nothing
+//! else, and leaves a pool that works; or it changes nothing.
+
+use super::common::{CLUSTER, POOL_LEN, Random, SUB, bytes, disk, opened, read};
+use super::planted::{
+    append, batches, contents, copy, impossible_images, impossible_records, patch_superblock,
+    sample, superblock,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tidepool::format::superblock::SUPERBLOCK_AT;
+use tidepool::pool::check::{Fault, check};
+use tidepool::pool::dump::dump;
+use tidepool::pool::repair::repair;
+use tidepool::storage::{SimStorage, Storage};
+
+/// By disk and cluster: the pool's clusters and the masks.
+type Maps = BTreeMap<(String, u64), (u64, u64, String, String)>;
+
+/// As far as they can be read. Without `bulk`, whose map is long and says nothing.
+fn maps(storage: &SimStorage) -> Maps {
+    let mut maps = Maps::new();
+    let mut add = |line: &serde_json::Value| {
+        let number = |key: &str| line[key].as_u64().expect("a number");
+        let text = |key: &str| line[key].as_str().expect("a string").to_owned();
+        if line["kind"] != "map" || line["disk"] == "bulk" {
+            return;
+        }
+        for n in 0..number("count") {
+            let step = |first: u64| if first == 0 { 0 } else { first + n };
+            let entry = (
+                step(number("own")),
+                step(number("under")),
+                text("alloc"),
+                text("zero"),
+            );
+            maps.insert((text("disk"), number("lcn") + n), entry);
+        }
+    };
+    drop(dump(storage, &mut add));
+    maps
+}
+
+fn is_named(faults: &[Fault], name: &str, lcn: u64) -> bool {
+    faults.iter().flat_map(|fault| &fault.lost).any(|lost| {
+        let inside = lost.offset..lost.offset + lost.len;
+        lost.disk == name && inside.contains(&(lcn * CLUSTER))
+    })
+}
+
+/// Whether it was repaired.
+fn is_mended(storage: &Arc<SimStorage>, what: &str) -> bool {
+    let before = contents(storage);
+    let maps_before = maps(storage);
+    let faults = check(&**storage).expect("the store works").faults;
+    let is_mendable = faults.iter().all(|fault| fault.remedy.is_some());
+    let store = Arc::clone(storage) as Arc<dyn Storage>;
+    if let Err(e) = repair(&store) {
+        assert!(!is_mendable, "{what}: {e}, but the check said {faults:?}");
+        assert!(contents(storage) == before, "{what}: it changed something");
+        return false;
+    }
+    assert!(is_mendable, "{what}: {faults:?}");
+    let left = check(&**storage).expect("the store works").faults;
+    assert!(left.is_empty(), "{what}: {left:?} are left of {faults:?}");
+    let maps_after = maps(storage);
+    let differ = maps_before
+        .iter()
+        .filter(|(at, entry)| maps_after.get(at) != Some(entry))
+        .chain(
+            maps_after
+                .iter()
+                .filter(|(at, _)| !maps_before.contains_key(at)),
+        );
+    for ((name, lcn), entry) in differ {
+        assert!(
+            is_named(&faults, name, *lcn),
+            "{what}: cluster {lcn} of `{name}` was {entry:?}, but only {faults:?} were named"
+        );
+    }
+    goes_on(storage, what);
+    true
+}
+
+/// What is written and flushed after a repair is there after a crash.
+fn goes_on(storage: &Arc<SimStorage>, what: &str) {
+    let pool = opened(storage);
+    let new = disk(&pool, "new", 4 * CLUSTER);
+    new.write_at(&bytes(7, 2 * SUB), 0).expect("writes");
+    new.flush().expect("flushes");
+    drop((new, pool));
+    let pool = opened(&Arc::new(storage.crash_all_lost()));
+    let new = tidepool::cowdisk::Disk::open(&pool, "new").expect("it was flushed");
+    assert_eq!(read(&new, 0, 2 * SUB), bytes(7, 2 * SUB), "{what}");
+}
+
+#[test]
+fn records_that_cannot_be_are_mended() {
+    let storage = sample();
+    for (what, records) in impossible_records(&storage) {
+        let bad = copy(&storage);
+        append(&bad, &records);
+        assert!(is_mended(&bad, what), "{what}");
+        // With more after it, that is lost too.
+        let bad = copy(&storage);
+        append(&bad, &records);
+        append(&bad, &records);
+        is_mended(&bad, what);
+    }
+}
+
+#[test]
+fn images_that_cannot_be_are_left_alone() {
+    for (what, bad) in impossible_images(&sample()) {
+        assert!(
+            !is_mended(&bad, what),
+            "{what}: nothing else says what it did"
+        );
+    }
+}
+
+#[test]
+fn damaged_blocks_are_mended_or_left_alone() {
+    let storage = sample();
+    let original = contents(&storage);
+    let superblock = superblock(&storage);
+    let mut random = Random(5);
+    let (mut mended, mut refused) = (0, 0);
+    let all = maps(&storage);
+    let (last_at, last_len, ..) = *batches(&storage).last().expect("some batch");
+    let last = last_at..last_at + last_len;
+    let in_image = |at: &u64| original[usize::try_from(*at).expect("small")..].starts_with(b"TPI");
+    let metadata_end = superblock.metadata_end();
+    let image = (metadata_end..POOL_LEN)
+        .step_by(usize::try_from(CLUSTER).expect("small"))
+        .filter(in_image);
+    let metadata = (0..metadata_end).step_by(4096);
+    for at in metadata.chain(image).chain(SUPERBLOCK_AT) {
+        let from = usize::try_from(at).expect("small");
+        let is_empty = original[from..from + 4096].iter().all(|byte| *byte == 0);
+        if is_empty && random.below(50) != 0 {
+            continue;
+        }
+        let mut block = original[from..from + 4096].to_vec();
+        match random.below(3) {
+            0 => block[usize::try_from(random.below(64)).expect("small")] ^= 1,
+            1 => block.fill(0),
+            _ => block.fill_with(|| random.next().to_le_bytes()[0]),
+        }
+        let bad = copy(&storage);
+        bad.write_durable_at(&block, at).expect("writes");
+        let what = format!("block at {at}");
+        // A torn last batch is taken for one that a crash cut off.
+        let is_well = check(&*bad).expect("the store works").faults.is_empty();
+        if is_well && !last.contains(&at) {
+            assert!(
+                maps(&bad) == all,
+                "{what}: something is lost, and nobody says so"
+            );
+        }
+        match is_mended(&bad, &what) {
+            true => mended += 1,
+            false => refused += 1,
+        }
+    }
+    assert!(
+        mended > 100 && refused > 0,
+        "{mended} mended, {refused} refused"
+    );
+}
+
+#[test]
+fn impossible_superblocks_are_left_alone() {
+    let storage = sample();
+    for (at, value) in [(72, 3_u32), (76, u32::MAX), (104, 2), (136, u32::MAX - 1)] {
+        let bad = copy(&storage);
+        patch_superblock(&bad, at, &value.to_le_bytes());
+        assert!(!is_mended(&bad, &format!("{value} at {at}")));
+    }
+}
+
+/// The journal is not needed up to where the image is: replay goes on behind it.
+#[test]
+fn a_batch_that_the_image_covers_is_no_loss() {
+    let storage = sample();
+    let all = maps(&storage);
+    let (at, ..) = batches(&storage)[0];
+    let bad = copy(&storage);
+    bad.write_durable_at(&[0; 4096], at).expect("writes");
+    let faults = check(&*bad).expect("the store works").faults;
+    assert!(faults[0].what.contains("cannot be read"), "{faults:?}");
+    assert_eq!(faults[0].lost, []);
+    assert!(is_mended(&bad, "a covered batch"));
+    let mut after = maps(&bad);
+    after.retain(|(name, _), _| name != "new");
+    assert!(after == all, "nothing was lost");
+}
