@@ -88,7 +88,7 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
         Ok(loaded) => loaded,
         Err(e @ PoolError::Storage { .. }) => return Err(e),
         Err(e) => {
-            report.fault(e.to_string(), None);
+            report.fault(plain(&e), None);
             return Ok(report);
         }
     };
@@ -131,6 +131,15 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
     Ok(report)
 }
 
+/// What is wrong, without the advice to check the pool.
+fn plain(error: &PoolError) -> String {
+    if let PoolError::Damaged { what } = error {
+        what.clone()
+    } else {
+        error.to_string()
+    }
+}
+
 /// Both copies of the superblock; the one in force, if any.
 fn check_superblocks(
     storage: &dyn Storage,
@@ -140,7 +149,7 @@ fn check_superblocks(
         Ok(found) => found,
         Err(e @ PoolError::Storage { .. }) => return Err(e),
         Err(e) => {
-            report.fault(e.to_string(), None);
+            report.fault(plain(&e), None);
             return Ok(None);
         }
     };
@@ -175,11 +184,11 @@ fn check_journal(
 ) -> Result<(), PoolError> {
     let Some(seq) = fault.stopped_before else {
         let remedy = "the checkpoint image has what it said; nothing is lost";
-        report.fault(fault.error.to_string(), Some(remedy));
+        report.fault(plain(&fault.error), Some(remedy));
         return Ok(());
     };
     let remedy = "keeps everything before that batch; what it and later ones said is lost";
-    report.fault(fault.error.to_string(), Some(remedy));
+    report.fault(plain(&fault.error), Some(remedy));
     let records = loaded.journal.intact_from(storage, seq)?;
     if let Some(last) = report.faults.last_mut() {
         last.lost = said_by(loaded, &records);
