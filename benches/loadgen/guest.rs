@@ -7,7 +7,7 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -70,7 +70,21 @@ impl Device {
     /// The backend is not there, or lacks CONFIG, REPLY_ACK or CONFIGURE_MEM_SLOTS, which the
     /// driver crate insists on.
     pub(crate) fn connect(socket: &Path, depth: u16, block: u32) -> Result<Self, Box<dyn Error>> {
-        let features = VirtioFeatureFlags::VERSION_1.bits()
+        Self::connect_with(socket, depth, block, VirtioBlkFeatureFlags::empty())
+    }
+
+    /// As [`Device::connect`], with `more` features to ask for.
+    ///
+    /// # Errors
+    /// As [`Device::connect`].
+    pub(crate) fn connect_with(
+        socket: &Path,
+        depth: u16,
+        block: u32,
+        more: VirtioBlkFeatureFlags,
+    ) -> Result<Self, Box<dyn Error>> {
+        let features = more.bits()
+            | VirtioFeatureFlags::VERSION_1.bits()
             | VirtioFeatureFlags::RING_EVENT_IDX.bits()
             | VirtioBlkFeatureFlags::SIZE_MAX.bits()
             | VirtioBlkFeatureFlags::SEG_MAX.bits()
@@ -138,7 +152,22 @@ impl Device {
     /// # Errors
     /// The ring is full or the offset is not aligned.
     pub(crate) fn submit(&mut self, kind: Kind, slot: u16, offset: u64) -> std::io::Result<()> {
-        let len = usize::try_from(self.block).expect("a block is at most 1 MiB");
+        self.submit_part(kind, slot, offset, self.block)
+    }
+
+    /// As [`Device::submit`], of the first `len` bytes of a block.
+    ///
+    /// # Errors
+    /// As [`Device::submit`].
+    pub(crate) fn submit_part(
+        &mut self,
+        kind: Kind,
+        slot: u16,
+        offset: u64,
+        len: u32,
+    ) -> std::io::Result<()> {
+        assert!(len <= self.block, "a buffer holds one block");
+        let len = usize::try_from(len).expect("a block is at most 1 MiB");
         let buffer = self.buffers.as_ptr().wrapping_add(self.buffer_at(slot));
         match kind {
             Kind::Read => {
@@ -153,6 +182,31 @@ impl Device {
             }
             Kind::Flush => self.queue.flush(slot),
         }
+    }
+
+    /// Puts a discard, or else a write of zeros that may unmap, into the ring. `offset` and `len`
+    /// are in bytes, multiples of 512.
+    ///
+    /// # Errors
+    /// As [`Device::submit`].
+    pub(crate) fn clear(
+        &mut self,
+        is_discard: bool,
+        slot: u16,
+        offset: u64,
+        len: u64,
+    ) -> std::io::Result<()> {
+        if is_discard {
+            self.queue.discard(offset, len, slot)
+        } else {
+            self.queue.write_zeroes(offset, len, true, slot)
+        }
+    }
+
+    /// The descriptor that is readable when the backend has notified, until
+    /// [`Device::sleep_at_most`] has read it.
+    pub(crate) fn call_fd(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
     }
 
     /// Notifies the backend of new requests, unless it asked not to be.

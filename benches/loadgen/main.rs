@@ -6,6 +6,7 @@
 //! the backend in CPU time. `scripts/bench` interleaves such runs and takes the medians.
 
 mod drive;
+#[expect(dead_code, reason = "some of it is for tests")]
 mod guest;
 mod measure;
 #[path = "../../tests/common/random.rs"]
