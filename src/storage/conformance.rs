@@ -13,6 +13,8 @@ use super::medium::Rng;
 use super::{
     Access, AlignedBuf, BLOCK, Caching, FileStorage, OpenError, SimStorage, Storage, Tier,
 };
+use crate::sync::spawn_named;
+use crate::sys::file as sys;
 
 /// Over twice the bounce buffer, and not a multiple of a page.
 const LEN: usize = (2 << 20) + 512 * 9;
@@ -373,23 +375,8 @@ impl Loop {
         Err("losetup named no device".to_owned())
     }
 
-    /// Takes the device as a new store. Whoever runs `losetup --find` at this moment, in any
-    /// process, claims every device it tries for an instant; that is waited out.
-    ///
-    /// # Errors
-    /// As [`FileStorage::create_new`].
-    fn create_new(&self, len: u64) -> Result<FileStorage, OpenError> {
-        for _ in 0..10_000 {
-            match FileStorage::create_new(&self.device, len) {
-                Err(OpenError::Locked { .. }) => std::thread::yield_now(),
-                done => return done,
-            }
-        }
-        FileStorage::create_new(&self.device, len)
-    }
-
     fn subject(&self, name: &'static str) -> Subject {
-        let store = self.create_new(DEVICE_LEN as u64).unwrap();
+        let store = FileStorage::create_new(&self.device, DEVICE_LEN as u64).unwrap();
         assert!(store.is_block_device());
         // A device keeps what it held, so a fresh start takes zeros; not by punch, which is
         // under test.
@@ -435,7 +422,7 @@ fn block_devices_conform() {
 }
 
 fn claimed_or_too_small_is_refused(device: &Loop) {
-    let first = device.create_new(DEVICE_LEN as u64).unwrap();
+    let first = FileStorage::create_new(&device.device, DEVICE_LEN as u64).unwrap();
     for refused in [
         FileStorage::open(&device.device, Access::ReadWrite),
         FileStorage::open(&device.device, Access::ReadOnly),
@@ -446,7 +433,24 @@ fn claimed_or_too_small_is_refused(device: &Loop) {
             "{refused:?}"
         );
     }
+    let refused = FileStorage::open(&device.device, Access::ReadWrite).unwrap_err();
+    let holder = format!("process {}", std::process::id());
+    assert!(refused.to_string().contains(&holder), "{refused}");
     drop(first);
-    let beyond = device.create_new(DEVICE_LEN as u64 + BLOCK).unwrap_err();
+    orphaned_claim_is_waited_for(device);
+    let beyond = FileStorage::create_new(&device.device, DEVICE_LEN as u64 + BLOCK).unwrap_err();
     assert!(matches!(beyond, OpenError::Length { .. }), "{beyond}");
+}
+
+/// As after SIGKILL: nobody has locked the device, but the kernel has not let go of it. The same
+/// is seen of `losetup --find`, which claims every device it tries for an instant.
+fn orphaned_claim_is_waited_for(device: &Loop) {
+    let orphan = sys::open(Path::new(&device.device), sys::Mode::ReadWrite).unwrap();
+    let letting_go = spawn_named("orphan", move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(orphan);
+    });
+    let opened = FileStorage::open(&device.device, Access::ReadWrite);
+    assert!(opened.is_ok(), "{opened:?}");
+    letting_go.unwrap().join().unwrap();
 }

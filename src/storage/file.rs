@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use super::open::{Access, Caching, Locking, OpenError, at, choose_tier, lock};
+use super::open::{Access, Caching, Locking, OpenError, at, choose_tier, claim, lock};
 use super::{AlignedBuf, BLOCK, Storage, Tier};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -145,14 +145,7 @@ impl FileStorage {
             Access::ReadOnly => sys::Mode::Read,
             Access::ReadWrite => sys::Mode::ReadWrite,
         };
-        let file = sys::open(path, mode).map_err(|source| {
-            if source.kind() == ErrorKind::ResourceBusy {
-                // A block device that is mounted, or claimed by another process.
-                let path = path.to_owned();
-                return OpenError::Locked { path, pid: None };
-            }
-            at(path, "open")(source)
-        })?;
+        let file = claim(path, mode)?;
         lock(&file, path, access, locking)?;
         Self::from_locked(file, path, access, caching)
     }

@@ -116,6 +116,33 @@ const ORPHANED_LOCK_MAX: Duration = Duration::from_secs(2);
 /// How long to wait between two looks at a lock that nobody seems to hold.
 const ORPHANED_LOCK_LOOK: Duration = Duration::from_millis(5);
 
+/// Opens what is there. To open a block device for writing claims it, and a claim, like the lock,
+/// may outlive a killed process: one that nobody seems to hold is waited for. So this takes
+/// [`ORPHANED_LOCK_MAX`] to refuse a device that is claimed in a way which `/proc` does not show:
+/// mounted in another mount namespace, swapped to, or open in a program that claims but does not
+/// lock.
+///
+/// # Errors
+/// [`OpenError::Locked`] for a device that is mounted or claimed; [`OpenError::Io`].
+pub(super) fn claim(path: &Path, mode: sys::Mode) -> Result<File, OpenError> {
+    let end = clock::now() + ORPHANED_LOCK_MAX;
+    loop {
+        match sys::open(path, mode) {
+            Ok(file) => return Ok(file),
+            Err(e) if e.kind() != ErrorKind::ResourceBusy => return Err(at(path, "open")(e)),
+            Err(_busy) => {}
+        }
+        // Without a claim, to see who has it.
+        let device = sys::open(path, sys::Mode::Read).map_err(at(path, "open"))?;
+        let pid = lock_holder(&device, None);
+        if pid.is_some() || lock::is_mounted(&device) || clock::now() >= end {
+            let path = path.to_owned();
+            return Err(OpenError::Locked { path, pid });
+        }
+        std::thread::sleep(ORPHANED_LOCK_LOOK);
+    }
+}
+
 /// Takes the lock that goes with `access`.
 ///
 /// # Errors

@@ -161,6 +161,36 @@ fn covers(line: &str, inode: &str, byte: Option<u64>) -> bool {
     *file == inode && !byte.is_some_and(is_beyond)
 }
 
+/// Whether the block device `device` is mounted where we can see it, or part of another device, as
+/// far as /proc and /sys show it to us.
+#[must_use]
+pub fn is_mounted(device: &File) -> bool {
+    let Ok(stat) = device.metadata() else {
+        return false;
+    };
+    let number = format!("{}:{}", libc::major(stat.rdev()), libc::minor(stat.rdev()));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let holders = fs::read_dir(format!("/sys/dev/block/{number}/holders"));
+    mounts.lines().any(|line| mounts_device(line, &number))
+        || holders.is_ok_and(|mut holders| holders.next().is_some())
+}
+
+/// Whether a line of mountinfo (proc_pid_mountinfo(5)) is about the device `number`. It looks like
+/// `36 35 8:1 / /mnt rw - ext4 /dev/sda1 rw`; some file systems (btrfs) have a number of their own
+/// there, but then they name the device.
+fn mounts_device(line: &str, number: &str) -> bool {
+    let is_it = |name: &str| {
+        fs::metadata(name).is_ok_and(|stat| {
+            let (major, minor) = (libc::major(stat.rdev()), libc::minor(stat.rdev()));
+            name.starts_with("/dev/") && format!("{major}:{minor}") == number
+        })
+    };
+    let source = line
+        .split_once(" - ")
+        .and_then(|(_mount, kind)| kind.split(' ').nth(1));
+    line.split(' ').nth(2) == Some(number) || source.is_some_and(is_it)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +241,18 @@ mod tests {
         );
         drop(fourth);
         take_at_last(&fifth, ImageUse::Read);
+    }
+
+    #[test]
+    fn lines_of_mountinfo_name_the_device() {
+        let ext4 = "36 35 8:1 / /mnt rw,noatime shared:1 - ext4 /dev/sda1 rw";
+        assert!(mounts_device(ext4, "8:1"));
+        assert!(!mounts_device(ext4, "8:2"));
+        // any device that is everywhere will do
+        let btrfs = "36 35 0:44 / /mnt rw - btrfs /dev/null rw,ssd";
+        assert!(mounts_device(btrfs, "1:3"));
+        assert!(!mounts_device(btrfs, "1:5"));
+        assert!(!mounts_device("", "1:3"));
     }
 
     #[test]
