@@ -93,6 +93,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return refuse(&error, wants_json(&args)),
     };
     let output = Output { format: cli.output };
+    // Before any thread is made. If it fails, a limit that is met ends the process: as without it.
+    drop(signal::survive_size_limit());
     match execute(cli.command, output) {
         Ok(reply) => match output.reply(&reply) {
             Ok(()) if reply.is_failure => ExitCode::FAILURE,

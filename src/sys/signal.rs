@@ -58,6 +58,15 @@ pub fn end_by(signal: Signal) {
     }
 }
 
+/// Makes a write beyond RLIMIT_FSIZE fail with `EFBIG`, for this thread and those that it starts
+/// from now on; else SIGXFSZ ends the process (setrlimit(2)), and with it every disk it serves.
+///
+/// # Errors
+/// As pthread_sigmask(3).
+pub fn survive_size_limit() -> io::Result<()> {
+    Ok(SigSet::from(Signal::SIGXFSZ).thread_block()?)
+}
+
 fn is_ignored(signal: Signal) -> io::Result<bool> {
     // SAFETY: `libc::sigaction` is integers, an optional pointer and padding, for all of which zeros
     // are a valid value.
