@@ -1,5 +1,5 @@
 //! Goal: a daemon killed at any moment under load costs nothing that a flush had acknowledged, and
-//! shows no disk what another wrote.
+//! shows no disk what another wrote; nor does a daemon whose storage fills up or fails before.
 //!
 //! Method: each round starts `tidepool serve` on a pool that all rounds share, and drives several
 //! disks at once through real vhost-user clients: writes of whole and half blocks stamped with
@@ -8,8 +8,15 @@
 //! with a version at least as new as the last one that was complete before an acknowledged flush
 //! began. Between rounds disks are forked, deleted (clusters change hands) and discarded.
 //!
-//! `TIDEPOOL_KILL_ROUNDS` (50) sets the rounds, `TIDEPOOL_SEED` replays a seed. The moment of the
-//! kill depends on the machine, so a seed repeats the load, not the instant.
+//! The fault rounds do the same with a new pool each: in a file on ext4, xfs and btrfs that fill up;
+//! in a file that must not grow further (RLIMIT_FSIZE); on a loop device whose own file system fills
+//! up, which makes it a device of errors, for data, or for data and the journal. There the daemon is
+//! killed 1 to 200 ms after the first failure. The daemon says that a request failed; once it says
+//! that the pool is frozen, no flush may succeed any more.
+//!
+//! `TIDEPOOL_KILL_ROUNDS` (50) sets the rounds and `TIDEPOOL_FAULT_ROUNDS` (8) those of each fault,
+//! made in `TIDEPOOL_FAULT_DIR` (/var/tmp); `TIDEPOOL_SEED` replays a seed. The moment of the kill depends on the machine, so a seed repeats
+//! the load, not the instant.
 
 mod common;
 #[expect(
@@ -18,238 +25,31 @@ mod common;
 )]
 #[path = "../benches/loadgen/guest.rs"]
 mod guest;
+mod kill {
+    pub(crate) mod client;
+    pub(crate) mod daemon;
+    pub(crate) mod place;
+}
 
 use common::Random;
-use guest::{Device, Done, Kind};
+use kill::client::{DISK_LEN, Known, SECTOR, Shared, start};
+use kill::daemon::{Daemon, open_pool};
+use kill::place::{Loop, Mounted, fault_dir, run};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::thread::sleep;
 use std::time::Duration;
 use tidepool::cowdisk::{self, Disk, NewDisk};
-use tidepool::pool::check::check;
-use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
+use tidepool::pool::{CreateOptions, Pool, open};
 use tidepool::storage::{Access, FileStorage};
-use tidepool::sync::atomic::{AtomicBool, Ordering};
-use tidepool::sync::spawn_named;
+use tidepool::sync::atomic::{AtomicU64, Ordering};
 use tidepool::sys::clock;
 
-const SECTOR: usize = 512;
-/// Bytes of a request; some begin in the middle of a block.
-const REQUEST: u32 = 4096;
-const SECTORS: usize = REQUEST as usize / SECTOR;
-const DEPTH: u16 = 16;
-const CLIENTS: usize = 3;
-const DISK_LEN: u64 = 8 << 20;
-const POOL_LEN: u64 = 128 << 20;
-
-/// A sector's contents: who wrote it, where, and which time.
-fn stamp(disk: u64, sector: u64, version: u64) -> [u8; SECTOR] {
-    let mut bytes = [0; SECTOR];
-    for part in bytes.chunks_exact_mut(32) {
-        for (field, value) in part
-            .chunks_exact_mut(8)
-            .zip([0x7469_6465, disk, sector, version])
-        {
-            field.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-fn version_of(bytes: &[u8], disks: &[u64], sector: u64) -> Option<u64> {
-    let field = |n: usize| {
-        let field: [u8; 8] = bytes[n * 8..n * 8 + 8].try_into().expect("8 bytes");
-        u64::from_le_bytes(field)
-    };
-    if bytes == [0; SECTOR] {
-        return Some(0);
-    }
-    let (disk, version) = (field(1), field(3));
-    let is_own = disks.contains(&disk) && bytes == stamp(disk, sector, version);
-    is_own.then_some(version)
-}
-
-/// What a disk must hold at least, and may hold at most.
-#[derive(Debug, Clone)]
-struct Known {
-    /// Marks of this disk and of those it was forked from.
-    marks: Vec<u64>,
-    /// Versions by sector: complete before an acknowledged flush began.
-    durable: BTreeMap<u64, u64>,
-    /// Versions by sector: the newest submitted.
-    newest: BTreeMap<u64, u64>,
-}
-
-/// One write in flight.
-#[derive(Debug, Clone, Copy)]
-struct Write {
-    sector: u64,
-    version: u64,
-}
-
-/// A client of one disk: everything it knows when the daemon dies.
-struct Client {
-    device: Device,
-    known: Known,
-    random: Random,
-    version: u64,
-    slots: Vec<Option<Write>>,
-    /// Completed since the last flush was submitted, or before it.
-    complete: BTreeMap<u64, u64>,
-    /// What the flush in flight makes durable.
-    flushing: Option<BTreeMap<u64, u64>>,
-    /// The daemon has been killed: what has not been answered never will be.
-    is_dead: Arc<AtomicBool>,
-}
-
-impl Client {
-    fn run(mut self) -> Known {
-        let mut done: Vec<Done> = Vec::new();
-        loop {
-            self.fill_ring();
-            self.device.want_call(true);
-            self.device
-                .kick()
-                .expect("an eventfd outlives who reads it");
-            if !self.device.has_done() {
-                self.device
-                    .sleep_at_most(10)
-                    .expect("an eventfd outlives who writes it");
-            }
-            done.clear();
-            self.device.collect_done(&mut done);
-            for one in &done {
-                assert!(one.is_ok, "the daemon refused a request");
-                self.complete_one(one.slot);
-            }
-            if done.is_empty() && self.is_dead.load(Ordering::SeqCst) {
-                return self.known;
-            }
-        }
-    }
-
-    fn complete_one(&mut self, slot: u16) {
-        match self.slots[usize::from(slot)].take() {
-            Some(write) => {
-                for n in 0..SECTORS as u64 {
-                    self.complete.insert(write.sector + n, write.version);
-                }
-            }
-            None => {
-                let flushed = self.flushing.take().expect("a flush was in flight");
-                self.known.durable.extend(flushed);
-            }
-        }
-    }
-
-    /// The last slot is for flushes. No two writes in flight overlap, so that the version of a
-    /// sector tells how far it got.
-    fn fill_ring(&mut self) {
-        for slot in 0..DEPTH - 1 {
-            if self.slots[usize::from(slot)].is_some() {
-                continue;
-            }
-            let most = DISK_LEN / SECTOR as u64 - SECTORS as u64;
-            let mut sector = self.random.below(most);
-            if self.random.below(4) != 0 {
-                sector &= !7;
-            }
-            let span = sector..sector + SECTORS as u64;
-            let overlaps =
-                self.slots.iter().flatten().any(|other| {
-                    other.sector < span.end && span.start < other.sector + SECTORS as u64
-                });
-            if overlaps {
-                continue;
-            }
-            self.version += 1;
-            let mut bytes = Vec::new();
-            let mark = *self.known.marks.last().expect("a disk has a mark");
-            for sector in span {
-                bytes.extend_from_slice(&stamp(mark, sector, self.version));
-                self.known.newest.insert(sector, self.version);
-            }
-            self.device.fill(slot, &bytes);
-            let at = sector * SECTOR as u64;
-            self.device
-                .submit(Kind::Write, slot, at)
-                .expect("the ring has room");
-            self.slots[usize::from(slot)] = Some(Write {
-                sector,
-                version: self.version,
-            });
-        }
-        if self.flushing.is_none() && self.random.below(3) == 0 {
-            self.flushing = Some(self.complete.clone());
-            self.device
-                .submit(Kind::Flush, DEPTH - 1, 0)
-                .expect("the ring has room");
-        }
-    }
-}
-
-struct Daemon {
-    child: Child,
-    sockets: PathBuf,
-}
-
-impl Daemon {
-    fn start(pool: &Path, sockets: &Path) -> Self {
-        std::fs::create_dir_all(sockets).expect("a directory");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_tidepool"))
-            .arg("serve")
-            .arg(pool)
-            .arg("--sockets")
-            .arg(sockets)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the daemon starts");
-        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let ready = lines
-            .by_ref()
-            .map_while(Result::ok)
-            .any(|line| line.contains("ready"));
-        assert!(ready, "the daemon says when it is ready");
-        Self {
-            child,
-            sockets: sockets.to_owned(),
-        }
-    }
-
-    fn kill(mut self) {
-        self.child.kill().expect("SIGKILL");
-        self.child.wait().expect("it was ours");
-    }
-}
-
-fn open_pool(path: &Path) -> Arc<Pool> {
-    let file = FileStorage::open(path, Access::ReadWrite).expect("the dead daemon's lock is gone");
-    let report = check(&file).expect("readable");
-    assert!(report.faults.is_empty(), "{:?}", report.faults);
-    Pool::open(Arc::new(file), &OpenOptions::default()).expect("a killed pool opens")
-}
-
-/// Every sector holds a stamp of its own disk, new enough. What it holds is what it holds from now
-/// on, at least.
-fn verify(pool: &Arc<Pool>, name: &str, known: &mut Known) {
-    let disk = Disk::open(pool, name).expect("the disk is there");
-    let mut bytes = vec![0; usize::try_from(DISK_LEN).expect("small")];
-    disk.read_at(&mut bytes, 0).expect("reads");
-    for (sector, held) in (0_u64..).zip(bytes.chunks_exact(SECTOR)) {
-        let version = version_of(held, &known.marks, sector);
-        let version = version.unwrap_or_else(|| panic!("{name}: foreign or torn at {sector}"));
-        let least = known.durable.get(&sector).copied().unwrap_or(0);
-        let most = known.newest.get(&sector).copied().unwrap_or(0);
-        assert!(
-            (least..=most).contains(&version),
-            "{name} sector {sector}: version {version}, flushed {least}, newest {most}"
-        );
-        known.durable.insert(sector, version);
-        known.newest.insert(sector, version);
-    }
-}
+const CLIENTS: usize = 6;
+const DISKS_MAX: usize = 9;
+const POOL_LEN: u64 = 192 << 20;
+const MIB: u64 = 1 << 20;
 
 struct World {
     path: PathBuf,
@@ -258,52 +58,39 @@ struct World {
     disks: BTreeMap<String, Known>,
     next: u64,
     version: u64,
+    /// Flushes that were acknowledged.
+    flushed: u64,
 }
 
 impl World {
     fn round(&mut self) {
-        let daemon = Daemon::start(&self.path, &self.sockets);
+        let daemon = Daemon::start(&self.path, &self.sockets, &[], &[]);
         let mut names: Vec<String> = self.disks.keys().cloned().collect();
         while names.len() > CLIENTS {
             let at = usize::try_from(self.random.below(names.len() as u64)).expect("small");
             names.swap_remove(at);
         }
         self.version += 1 << 32;
-        let is_dead = Arc::new(AtomicBool::new(false));
+        let shared = Arc::new(Shared::default());
         let mut threads = Vec::new();
         for name in names {
-            let socket = daemon.sockets.join(format!("{name}.sock"));
-            let device = Device::connect(&socket, DEPTH, REQUEST).expect("connects");
-            let known = self.disks[&name].clone();
+            let (socket, known) = (daemon.socket(&name), self.disks[&name].clone());
             let random = Random(self.random.next());
-            let slots = vec![None; usize::from(DEPTH)];
-            let version = self.version;
-            let (complete, flushing) = (BTreeMap::new(), None);
-            let is_dead = Arc::clone(&is_dead);
-            let client = Client {
-                device,
-                known,
-                random,
-                version,
-                slots,
-                complete,
-                flushing,
-                is_dead,
-            };
-            let thread = spawn_named("client", move || client.run()).expect("a thread");
+            let thread = start(&socket, known, random, self.version, &shared);
             threads.push((name, thread));
         }
         // The moment of death: this is the load's length, not a wait for a condition.
-        std::thread::sleep(Duration::from_millis(1 + self.random.below(200)));
-        daemon.kill();
-        is_dead.store(true, Ordering::SeqCst);
+        sleep(Duration::from_millis(1 + self.random.below(200)));
+        drop(daemon.kill());
+        shared.is_dead.store(true, Ordering::SeqCst);
         for (name, thread) in threads {
             let known = thread.join().expect("a client survives its daemon");
             self.disks.insert(name, known);
         }
+        self.flushed += shared.flushed.load(Ordering::SeqCst);
         let pool = open_pool(&self.path);
         for (name, known) in &mut self.disks {
-            verify(&pool, name, known);
+            known.verify(&pool, name);
         }
         self.change_hands(&pool);
         pool.close().expect("closes");
@@ -319,14 +106,14 @@ impl World {
                 cowdisk::remove(pool, &name, false).expect("removes");
                 self.disks.remove(&name);
             }
-            1 if names.len() < 6 => {
+            1 if names.len() < DISKS_MAX => {
                 let child = self.new_name();
                 cowdisk::fork(pool, &name, std::slice::from_ref(&child)).expect("forks");
                 let mut known = self.disks[&name].clone();
                 known.marks.push(self.next);
                 self.disks.insert(child, known);
             }
-            2 if names.len() < 6 => self.create(pool),
+            2 if names.len() < DISKS_MAX => self.create(pool),
             _ => {
                 let disk = Disk::open(pool, &name).expect("opens");
                 disk.discard(0, DISK_LEN / 2).expect("discards");
@@ -347,23 +134,21 @@ impl World {
     fn create(&mut self, pool: &Arc<Pool>) {
         let name = self.new_name();
         cowdisk::create(pool, &NewDisk::empty(&name, DISK_LEN)).expect("creates");
-        let (durable, newest) = (BTreeMap::new(), BTreeMap::new());
-        self.disks.insert(
-            name,
-            Known {
-                marks: vec![self.next],
-                durable,
-                newest,
-            },
-        );
+        self.disks.insert(name, Known::new(self.next));
     }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
+}
+
+fn seed() -> u64 {
+    number("TIDEPOOL_SEED", clock::unix_seconds())
 }
 
 #[test]
 fn what_a_flush_acknowledged_survives_kill_9() {
-    let now = clock::unix_seconds();
-    let seed = std::env::var("TIDEPOOL_SEED").map_or(now, |seed| seed.parse().expect("a number"));
-    let rounds = std::env::var("TIDEPOOL_KILL_ROUNDS").map_or(50, |n| n.parse().expect("a number"));
+    let (seed, rounds) = (seed(), number("TIDEPOOL_KILL_ROUNDS", 50));
     println!("TIDEPOOL_SEED={seed} TIDEPOOL_KILL_ROUNDS={rounds}");
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("kill.pool");
@@ -380,6 +165,7 @@ fn what_a_flush_acknowledged_survives_kill_9() {
         disks,
         next: 0,
         version: 0,
+        flushed: 0,
     };
     let pool = open_pool(&world.path);
     for _ in 0..CLIENTS {
@@ -388,9 +174,251 @@ fn what_a_flush_acknowledged_survives_kill_9() {
     pool.close().expect("closes");
     drop(pool);
     for round in 0..rounds {
-        println!("round {round}: {} disks", world.disks.len());
+        if round % 100 == 0 {
+            println!("round {round}: {} disks", world.disks.len());
+        }
         world.round();
     }
-    let flushed: usize = world.disks.values().map(|known| known.durable.len()).sum();
-    assert!(flushed > 0, "something was flushed");
+    println!("{rounds} kills, {} flushes acknowledged", world.flushed);
+    assert!(world.flushed > 0, "something was flushed");
+}
+
+/// Where a pool of a fault round lies, and how its daemon is started.
+struct Scene<'a> {
+    pool: &'a Path,
+    sockets: PathBuf,
+    /// Words before the program.
+    before: Vec<String>,
+}
+
+/// What fault rounds saw.
+#[derive(Debug, Default)]
+struct Seen {
+    rounds: u64,
+    /// Rounds in which a request failed.
+    hit: u64,
+    /// Requests that failed.
+    failed: u64,
+    /// Flushes that were acknowledged.
+    flushed: u64,
+    /// Rounds in which the pool froze: a flush of the storage or a write to the journal failed.
+    frozen: u64,
+}
+
+impl Scene<'_> {
+    /// A new pool, served and written to until it fails and a little longer. `ready` is called
+    /// before it is served, `relieve` when the daemon is dead.
+    fn round(
+        &self,
+        random: &mut Random,
+        seen: &mut Seen,
+        ready: impl FnOnce(),
+        relieve: impl FnOnce(),
+    ) {
+        make_pool(self.pool);
+        let pool = open_pool(self.pool);
+        let mut disks = BTreeMap::new();
+        for mark in 1..=CLIENTS as u64 {
+            let name = format!("d{mark}");
+            cowdisk::create(&pool, &NewDisk::empty(&name, DISK_LEN)).expect("creates");
+            disks.insert(name, Known::new(mark));
+        }
+        pool.close().expect("closes");
+        drop(pool);
+        ready();
+        let timeout = random.below(2).to_string();
+        let after = ["--no-space-timeout", &timeout];
+        let daemon = Daemon::start(self.pool, &self.sockets, &self.before, &after);
+        let shared = Arc::new(Shared {
+            may_fail: true,
+            ..Shared::default()
+        });
+        let mut threads = Vec::new();
+        for (name, known) in disks {
+            let socket = daemon.socket(&name);
+            let thread = start(&socket, known, Random(random.next()), 0, &shared);
+            threads.push((name, thread));
+        }
+        let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
+        let is_hit = wait_until(|| count(&shared.failed) > 0);
+        // The moment of death.
+        let death = clock::now() + Duration::from_millis(1 + random.below(200));
+        while clock::now() < death {
+            let is_frozen = daemon.has_said("frozen read-only since");
+            shared.is_frozen.store(is_frozen, Ordering::SeqCst);
+            sleep(POLL);
+        }
+        let is_told = !is_hit || wait_until(|| daemon.has_said("a request failed"));
+        let is_frozen = shared.is_frozen.load(Ordering::SeqCst);
+        assert!(is_told, "it says nothing of it: {}", daemon.kill());
+        drop(daemon.kill());
+        shared.is_dead.store(true, Ordering::SeqCst);
+        let mut disks = BTreeMap::new();
+        for (name, thread) in threads {
+            disks.insert(name, thread.join().expect("a client survives its daemon"));
+        }
+        relieve();
+        let pool = open_pool(self.pool);
+        for (name, known) in &mut disks {
+            known.verify(&pool, name);
+        }
+        pool.close().expect("closes");
+        seen.rounds += 1;
+        seen.hit += u64::from(is_hit);
+        seen.failed += count(&shared.failed);
+        seen.flushed += count(&shared.flushed);
+        seen.frozen += u64::from(is_frozen);
+    }
+}
+
+/// Longest load of a fault round that meets no fault.
+const FAULT_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often a fault is looked for.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Whether `is_so` came true within [`FAULT_TIME_MAX`].
+fn wait_until(is_so: impl Fn() -> bool) -> bool {
+    let end = clock::now() + FAULT_TIME_MAX;
+    while !is_so() {
+        if clock::now() > end {
+            return false;
+        }
+        sleep(POLL);
+    }
+    true
+}
+
+fn make_pool(path: &Path) {
+    let file = if path.starts_with("/dev") {
+        FileStorage::open(path, Access::ReadWrite).expect("opens")
+    } else {
+        drop(std::fs::remove_file(path)); // of the round before
+        FileStorage::create_new(path, POOL_LEN).expect("creates")
+    };
+    open::create(&file, &CreateOptions::new(POOL_LEN)).expect("an empty pool");
+}
+
+#[expect(clippy::print_stdout, reason = "counts, seeds, and what was skipped")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+/// Runs the rounds of one fault; `round` makes one. Says what was seen.
+fn fault_rounds(name: &str, mut round: impl FnMut(&mut Random, &mut Seen)) -> Seen {
+    let (seed, rounds) = (seed(), number("TIDEPOOL_FAULT_ROUNDS", 8));
+    say(&format!(
+        "TIDEPOOL_SEED={seed} TIDEPOOL_FAULT_ROUNDS={rounds}"
+    ));
+    let (mut random, mut seen) = (Random(seed), Seen::default());
+    for _ in 0..rounds {
+        round(&mut random, &mut seen);
+    }
+    say(&format!(
+        "{name}: {} rounds, {} met the fault, {} requests failed, {} flushes acknowledged, {} \
+         pools frozen",
+        seen.rounds, seen.hit, seen.failed, seen.flushed, seen.frozen
+    ));
+    assert!(seen.hit > 0, "there was a fault");
+    assert!(seen.flushed > 0, "there was something to lose");
+    seen
+}
+
+/// A scene in which pools share a file system that fills up.
+fn fill_up(kind: &str) {
+    let small = match Mounted::new(kind, 384 * MIB) {
+        Ok(small) => small,
+        Err(e) => return say(&format!("SKIPPED: a_full_{kind}_loses_nothing: {e}")),
+    };
+    let dir = tempfile::tempdir().expect("a directory");
+    let pool = small.path().join("pool");
+    let scene = Scene {
+        pool: &pool,
+        sockets: dir.path().join("s"),
+        before: Vec::new(),
+    };
+    fault_rounds(kind, |random, seen| {
+        let free = (4 + random.below(24)) * MIB;
+        // where nothing is overwritten in place, not even a superblock is written without room
+        let is_early = kind == "btrfs" || seen.rounds.is_multiple_of(2);
+        let early = || {
+            if is_early {
+                small.relieve();
+            }
+        };
+        scene.round(random, seen, || small.fill(free), early);
+        if !is_early {
+            small.relieve();
+        }
+    });
+}
+
+#[test]
+fn a_full_ext4_loses_nothing() {
+    fill_up("ext4");
+}
+
+#[test]
+fn a_full_xfs_loses_nothing() {
+    fill_up("xfs");
+}
+
+#[test]
+fn a_full_btrfs_loses_nothing() {
+    fill_up("btrfs");
+}
+
+#[test]
+fn a_file_that_must_not_grow_loses_nothing() {
+    if let Err(e) = run("prlimit", &["--version"]) {
+        return println!("SKIPPED: a_file_that_must_not_grow_loses_nothing: {e}");
+    }
+    let dir = fault_dir().expect("a directory");
+    let pool = dir.path().join("pool");
+    fault_rounds("RLIMIT_FSIZE", |random, seen| {
+        let limit = (6 + random.below(32)) * MIB;
+        let scene = Scene {
+            pool: &pool,
+            sockets: dir.path().join("s"),
+            before: vec!["prlimit".to_owned(), format!("--fsize={limit}")],
+        };
+        scene.round(random, seen, || {}, || {});
+    });
+}
+
+#[test]
+fn a_device_of_errors_loses_nothing() {
+    let name = "a_device_of_errors_loses_nothing";
+    let made = Mounted::new("ext4", 384 * MIB).and_then(|small| {
+        let file = small.path().join("device");
+        let len = POOL_LEN.to_string();
+        run("truncate", &["-s", &len, file.to_str().expect("UTF-8")])?;
+        let device = Loop::new(&file)?;
+        Ok((small, file, device))
+    });
+    let (small, file, device) = match made {
+        Ok(made) => made,
+        Err(e) => return println!("SKIPPED: {name}: {e}"),
+    };
+    let file = file.to_str().expect("UTF-8");
+    let dir = tempfile::tempdir().expect("a directory");
+    let scene = Scene {
+        pool: device.path(),
+        sockets: dir.path().join("s"),
+        before: Vec::new(),
+    };
+    let seen = fault_rounds("loop device", |random, seen| {
+        let free = (4 + random.below(24)) * MIB;
+        let has_journal = seen.rounds % 2 == 1;
+        let ready = || {
+            if !has_journal {
+                // then the part of the journal that comes next has no place on the device either,
+                // once that is full
+                run("fallocate", &["--dig-holes", file]).expect("digs");
+            }
+            small.fill(free);
+        };
+        scene.round(random, seen, ready, || small.relieve());
+        run("blkdiscard", &[device.path().to_str().expect("UTF-8")]).expect("discards");
+    });
+    assert!(seen.frozen > 0 || seen.rounds < 2, "the journal failed too");
 }
