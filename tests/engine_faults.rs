@@ -5,10 +5,10 @@
 
 mod common;
 
-use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, fresh, opened, read};
+use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, enter, fresh, opened, read};
 use std::sync::Arc;
 use std::task::Waker;
-use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Step, WritePlan};
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Step};
 use tidepool::pool::dump;
 use tidepool::storage::sim::Op;
 use tidepool::storage::{SimStorage, Storage};
@@ -45,19 +45,44 @@ fn a_discard_between_two_writes_that_overlapped_is_not_undone() {
     common::move_bytes(&d, &slow, &old);
     d.write_at(&new, 0).expect("overtakes");
     d.write_zeroes(0, SUB, true).expect("zeroes");
-    // A write that comes after the discard waits for the one before it.
-    let pass = d.enter(0, Waker::noop()).expect("nothing is draining");
-    let mut plan = WritePlan::default();
-    let sub_len = u32::try_from(SUB).expect("1 KiB");
-    let step = d.plan_write(&pass, 0, sub_len, &mut plan, Waker::noop());
-    assert!(matches!(step, Ok(Step::Busy)), "{step:?}");
-    drop(pass);
+    // A write that comes after the discard is not taken for one that came before.
+    let later = bytes(3, SUB);
+    let (later_pass, mut later_plan) = begin_write(&d, 2 * SUB, &later);
+    d.write_at(&later, SUB).expect("writes");
+    d.write_zeroes(SUB, SUB, true).expect("zeroes");
+    d.write_at(&later, SUB).expect("writes");
     d.complete_write(&mut slow, true);
     drop(slow_pass);
     assert_eq!(read(&d, 0, SUB), bytes(0, SUB), "nothing came later");
-    assert_eq!(read(&d, SUB, SUB), bytes(1, SUB));
-    d.write_at(&new, 0).expect("nobody is in the way now");
-    assert_eq!(read(&d, 0, 2 * SUB), [new, bytes(1, SUB)].concat());
+    assert_eq!(read(&d, SUB, SUB), later);
+    common::move_bytes(&d, &later_plan, &later);
+    d.complete_write(&mut later_plan, true);
+    drop(later_pass);
+    assert_eq!(read(&d, 2 * SUB, SUB), later);
+}
+
+/// So many discards during one write that they cannot be counted wait for it.
+#[test]
+fn discards_during_a_write_are_counted() {
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", CLUSTER);
+    let data = bytes(1, SUB);
+    let (pass, mut plan) = begin_write(&d, 0, &data);
+    for n in 0..300 {
+        d.write_at(&data, SUB).expect("writes");
+        let discard = enter(&d);
+        let step = d.plan_discard(&discard, SUB, SUB, Waker::noop());
+        drop(discard);
+        if matches!(step, Ok(Step::Busy)) {
+            assert_eq!(n, 255, "one for each number");
+            common::move_bytes(&d, &plan, &data);
+            d.complete_write(&mut plan, true);
+            break;
+        }
+    }
+    drop(pass);
+    d.discard(SUB, SUB).expect("nothing is in the way");
+    assert_eq!(read(&d, 0, 2 * SUB), [data, bytes(0, SUB)].concat());
 }
 
 /// The next process read a batch that only the device's cache had, and wrote the next one after it:
@@ -153,7 +178,7 @@ fn many_unmaps_between_commits_fit_the_journal() {
     let d = disk(&pool, "d", 80_000 * leaf);
     d.write_at(&bytes(1, SUB), 0).expect("writes");
     for n in 0..40_000 {
-        let pass = common::enter(&d);
+        let pass = enter(&d);
         let waker = Waker::noop();
         d.plan_discard(&pass, 2 * n * leaf, leaf, waker)
             .expect("discards");
@@ -177,7 +202,7 @@ fn structural_changes_fit_the_journal_however_many_rows_they_write() {
                 .expect("writes");
         }
         for n in 0..9000 {
-            let pass = common::enter(busy);
+            let pass = enter(busy);
             let waker = Waker::noop();
             let at = (n % 1000) * 64 * CLUSTER + CLUSTER * (n / 1000 + 2);
             busy.plan_zeroes(&pass, at, SUB, true, waker)
@@ -416,7 +441,7 @@ fn the_half_that_replay_begins_in_is_not_written_over() {
     let d = disk(&pool, "d", 20_000 * leaf);
     for round in 0..16 {
         for n in 0..8000 {
-            let pass = common::enter(&d);
+            let pass = enter(&d);
             let waker = Waker::noop();
             d.plan_discard(&pass, 2 * n * leaf, leaf, waker)
                 .expect("discards");

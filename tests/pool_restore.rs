@@ -226,6 +226,21 @@ fn a_bad_dump_is_refused_and_changes_nothing() {
 }
 
 /// What one disk holds for all of its forks is held once again after a restore.
+/// With a number that no superblock may have, the pool was lost by its own restore.
+#[test]
+fn a_dump_whose_numbers_are_used_up_is_refused_and_changes_nothing() {
+    let (storage, _) = sample();
+    let mut lines = dumped(&*storage);
+    let end = lines.last_mut().expect("the end");
+    let mut value: serde_json::Value = serde_json::from_str(end).expect("JSON");
+    value["last_batch"] = (1_u64 << 62).into();
+    *end = value.to_string();
+    let changes = storage.counters().changes();
+    let refused = restore(&storage, &lines).expect_err("refused");
+    assert!(refused.to_string().contains("batch"), "{refused}");
+    assert_eq!(storage.counters().changes(), changes);
+}
+
 #[test]
 fn forks_share_their_maps_again() {
     let (storage, pool) = fresh();

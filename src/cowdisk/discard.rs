@@ -93,7 +93,7 @@ impl Disk {
             let to = body.end.min((from / turn + 1) * turn);
             let mut map = self.volume().map.write();
             self.check_range(&map, from, to - from)?;
-            if is_exclusive(&map, size, from..to) {
+            if must_wait(&map, size, from..to) {
                 map.waiting.push(waker.clone());
                 return Ok(Step::Busy);
             }
@@ -155,8 +155,8 @@ impl Disk {
         // Writes in flight to other blocks of the cluster are going to allocate them.
         let filled = map.busy.get_mut(&lcn.0).filter(|busy| busy.fills > 0);
         let is_filled = filled.is_some();
-        if let Some(busy) = filled {
-            busy.discarded |= old.alloc & mask;
+        if let Some(busy) = filled.filter(|_| old.alloc & mask != 0) {
+            busy.discard(old.alloc & mask);
         }
         let new = if is_empty && !is_filled && (may_unmap || old.own == 0) {
             Entry {
@@ -174,10 +174,11 @@ impl Disk {
     }
 }
 
-/// Whether one request has one of the clusters for itself.
-fn is_exclusive(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
+/// Whether one request has one of the clusters for itself, or too much was discarded there already
+/// since writes to it began.
+fn must_wait(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
     let (first, last) = (size.split(range.start).0.0, size.split(range.end - 1).0.0);
-    map.busy
-        .iter()
-        .any(|(lcn, busy)| busy.is_exclusive && (first..=last).contains(lcn))
+    map.busy.iter().any(|(lcn, busy)| {
+        (busy.is_exclusive || !busy.can_discard()) && (first..=last).contains(lcn)
+    })
 }

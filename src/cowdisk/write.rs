@@ -77,6 +77,8 @@ struct Fill {
     own: u32,
     /// The blocks; counted for the quota when planned.
     mask: u16,
+    /// As [`crate::pool::busy::Busy::discards`] when it was planned.
+    began: u8,
     /// The rest of the cluster is filled with zeros.
     is_padded: bool,
 }
@@ -264,9 +266,6 @@ impl Disk {
             }
         }
         let missing = touched & !entry.alloc;
-        if missing & busy.discarded != 0 {
-            return Err(Stop::Step(Step::Busy));
-        }
         let in_part = missing & !covered;
         if in_part != 0 {
             if busy.fills > 0 {
@@ -287,6 +286,7 @@ impl Disk {
                 lcn: piece.lcn,
                 own: entry.own,
                 mask: missing,
+                began: busy.discards,
                 is_padded,
             });
         }
@@ -360,7 +360,7 @@ impl Disk {
             // The cluster may have been discarded meanwhile: then the write came first.
             if is_ok && entry.own == fill.own {
                 let busy = map.busy.get(&fill.lcn.0).copied().unwrap_or_default();
-                let mask = fill.mask & !busy.discarded;
+                let mask = fill.mask & !busy.discarded_since(fill.began);
                 let new = Entry {
                     alloc: entry.alloc | mask,
                     zero: entry.zero & !mask,

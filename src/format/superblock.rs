@@ -26,7 +26,7 @@ pub const JOURNAL_HALF_MIN: u64 = 1 << 20;
 pub const JOURNAL_HALF_MAX: u64 = 64 << 20;
 
 /// Largest sequence number or generation taken for real.
-const COUNTER_MAX: u64 = 1 << 62;
+pub const COUNTER_MAX: u64 = 1 << 62;
 const MAGIC: [u8; 8] = *b"TIDEPOOL";
 const SALT: [u8; 4] = *b"TPSB";
 const WHAT: &str = "superblock";

@@ -4,7 +4,8 @@
 use super::derive::Mend;
 use super::error::PoolError;
 use super::load::{JournalFault, Loaded, check_len, load, read_superblock};
-use super::repair::mend;
+use super::repair::{last_batch, mend};
+use super::rewrite::batch_after;
 use crate::format::catalogue::RowKind;
 use crate::format::journal::Record;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
@@ -109,6 +110,9 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
     let Ok(space) = mended else {
         return Ok(report);
     };
+    if let (false, Err(e)) = (report.faults.is_empty(), batch_after(last_batch(&loaded))) {
+        report.fault(plain(&e), None);
+    }
     check_catalogue(&loaded, &mut report);
     let usage = space.usage();
     report.disks = loaded.catalogue.iter().count();

@@ -343,7 +343,7 @@ impl Journal {
     /// # Errors
     /// The store failed.
     pub fn skip_to_image(&mut self, storage: &dyn Storage) -> Result<bool, PoolError> {
-        let wanted = self.image_seq + 1;
+        let wanted = self.image_seq.saturating_add(1);
         let mut found: Option<(u32, u64, BatchHeader)> = None;
         self.search(storage, &mut |half, used, header, _| {
             let epoch = found.as_ref().map(|(_, _, known)| known.stamp.open_epoch);

@@ -167,7 +167,7 @@ fn load_before(
         };
         let is_covered = journal.last_seq() < journal.image_seq();
         let goes_on = is_covered && journal.skip_to_image(storage)?;
-        let next = (journal.last_seq() + 1).max(journal.image_seq() + 1);
+        let next = (journal.last_seq() + 1).max(journal.image_seq().saturating_add(1));
         journal_faults.push(JournalFault {
             error,
             stopped_before: (!goes_on).then_some(next),

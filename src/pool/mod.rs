@@ -40,6 +40,7 @@
 //! Lock order: leadership (the journal), catalogue, one map, space. No lock is held over I/O.
 
 pub mod bitmap;
+pub mod busy;
 pub mod catalogue;
 pub mod check;
 pub mod commit;

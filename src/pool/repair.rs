@@ -38,15 +38,15 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
     superblock.check_writable()?;
     let loaded = load(&**storage, superblock)?;
     let space = mend(&loaded, &mut |_, _| ())?;
-    let last_batch = loaded.journal.last_seq().max(loaded.journal.image_seq());
-    rewrite(
-        storage,
-        loaded,
-        space,
-        last_batch,
-        "tidepool pool check --repair",
-    )?;
+    let last_batch = last_batch(&loaded);
+    let owner = "tidepool pool check --repair";
+    rewrite(storage, loaded, space, last_batch, owner)?;
     Ok(report)
+}
+
+/// The last batch that the pool is known to have had.
+pub(super) fn last_batch(loaded: &Loaded) -> u64 {
+    loaded.journal.last_seq().max(loaded.journal.image_seq())
 }
 
 /// Mends what can be mended of what was loaded. Returns what is free; calls `said` with each fault
@@ -60,22 +60,25 @@ pub(super) fn mend(
 ) -> Result<Space, PoolError> {
     for round in 0..=ROUNDS_MAX {
         let mut space = Space::new();
-        let faults = derive(loaded, &mut space);
-        let Some(first) = faults.first() else {
+        let mut faults = derive(loaded, &mut space);
+        if faults.is_empty() {
             return Ok(space);
-        };
-        let first = PoolError::damaged(first.to_string());
-        let is_hopeless = faults.iter().any(|fault| fault.mend == Mend::Nothing);
-        for fault in &faults {
-            if is_hopeless || round == ROUNDS_MAX {
-                said(fault, Vec::new());
-            } else {
-                let lost = mend_one(loaded, fault);
-                said(fault, lost);
+        }
+        if round == ROUNDS_MAX {
+            for fault in &mut faults {
+                fault.mend = Mend::Nothing;
             }
         }
-        if is_hopeless {
-            return Err(first);
+        if let Some(hopeless) = faults.iter().find(|fault| fault.mend == Mend::Nothing) {
+            let hopeless = PoolError::damaged(hopeless.to_string());
+            for fault in &faults {
+                said(fault, Vec::new());
+            }
+            return Err(hopeless);
+        }
+        for fault in &faults {
+            let lost = mend_one(loaded, fault);
+            said(fault, lost);
         }
     }
     Err(PoolError::damaged("its faults hide one another"))
@@ -86,7 +89,15 @@ fn mend_one(loaded: &Loaded, fault: &EntryFault) -> Vec<Lost> {
     let Ok(named) = loaded.catalogue.find(&fault.disk) else {
         return Vec::new();
     };
+    let zeros = Entry {
+        zero: u16::MAX,
+        ..Entry::default()
+    };
     let bad = named.volume.map.read().get(Lcn(fault.lcn));
+    if bad == zeros {
+        // A relative with the same entry came first.
+        return Vec::new();
+    }
     let size = loaded.superblock.cluster_size;
     let mut lost = Vec::new();
     let relatives = loaded.catalogue.iter();
@@ -95,10 +106,6 @@ fn mend_one(loaded: &Loaded, fault: &EntryFault) -> Vec<Lost> {
         match fault.mend {
             Mend::Nothing => {}
             Mend::Zeros if map.get(Lcn(fault.lcn)) == bad => {
-                let zeros = Entry {
-                    zero: u16::MAX,
-                    ..Entry::default()
-                };
                 map.replay_entry(&loaded.replay, Lcn(fault.lcn), zeros);
                 lost.push(Lost::clusters(&item.row.name, Lcn(fault.lcn), 1, size));
             }

@@ -8,12 +8,22 @@ use super::journal::Journal;
 use super::load::Loaded;
 use super::open::{OpenOptions, zero_journal};
 use super::space::Space;
-use crate::format::superblock::JournalStart;
+use crate::format::superblock::{COUNTER_MAX, JournalStart};
 use crate::storage::Storage;
 use crate::sync::Arc;
 
 /// Batches of before are told from those that follow by at least so much.
 const SEQ_GAP: u64 = 1 << 32;
+
+/// The first batch of a pool written anew.
+///
+/// # Errors
+/// The numbers are used up: no pool that was written to by us gets that far.
+pub(super) fn batch_after(last_batch: u64) -> Result<u64, PoolError> {
+    let seq = last_batch.checked_add(SEQ_GAP);
+    seq.filter(|seq| *seq <= COUNTER_MAX)
+        .ok_or_else(|| PoolError::damaged(format!("no batch may come after number {last_batch}")))
+}
 
 /// Writes what was loaded, which has no fault, to `storage`; `space` was derived from it.
 /// `last_batch` is the last one that was written to the store, as far as is known.
@@ -27,10 +37,9 @@ pub(super) fn rewrite(
     last_batch: u64,
     owner: &str,
 ) -> Result<(), PoolError> {
-    let seq = last_batch.checked_add(SEQ_GAP);
     loaded.superblock.start = JournalStart {
         half: 0,
-        seq: seq.ok_or_else(|| PoolError::damaged(format!("a batch {last_batch}")))?,
+        seq: batch_after(last_batch)?,
         prev_crc: 0,
     };
     loaded.superblock.image = None;

@@ -1,6 +1,7 @@
 //! One disk or snapshot in memory: its map, what of the map is not yet in the journal, the
 //! clusters some request is busy with, and the gate its requests pass.
 
+use super::busy::Busy;
 use super::counts::Counts;
 use super::error::PoolError;
 use super::gate::Gate;
@@ -28,20 +29,6 @@ pub struct Volume {
     pub map: RwLock<Map>,
     /// Handles that are open.
     pub opens: AtomicU32,
-}
-
-/// What requests are doing to a cluster of the disk besides reading and overwriting in place.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Busy {
-    /// Writes under way to sub-clusters not yet allocated.
-    pub fills: u32,
-    /// One request writes all of it (a copy, or a first write with zeros around it): nothing else
-    /// may write to it or change its entry.
-    pub is_exclusive: bool,
-    /// Sub-clusters that were allocated and taken away since the oldest of these writes began. The
-    /// discard came after all of them, or what another write left there would come back with them;
-    /// later writes wait until they are over.
-    pub discarded: u16,
 }
 
 /// The map of a disk and all that changes with it.
