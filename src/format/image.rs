@@ -14,6 +14,8 @@ pub const LEAF_ENTRIES: usize = 64;
 pub const FANOUT: usize = 512;
 /// Levels of inner nodes above the leaves; level 3 is the root.
 pub const LEVELS: u8 = 3;
+/// Most children of a node of the highest level: more would be of clusters beyond 2^32.
+const ROOT_FANOUT: usize = 256;
 /// Version of the token stream.
 pub const IMAGE_VERSION: u32 = 1;
 
@@ -311,7 +313,8 @@ fn decode_inner(cursor: &mut Cursor<'_>) -> Result<Token, FormatError> {
     let mut next_place = 0_u16;
     for _ in 0..count {
         let (place, node) = (cursor.u16()?, cursor.u32()?);
-        if place < next_place || usize::from(place) >= FANOUT {
+        let fanout = if level == LEVELS { ROOT_FANOUT } else { FANOUT };
+        if place < next_place || usize::from(place) >= fanout {
             return Err(bad("place", u64::from(place)));
         }
         next_place = place.saturating_add(1);
@@ -388,6 +391,20 @@ mod tests {
             2 + 2 * (3 + 16),
             "20 consecutive entries are one run"
         );
+    }
+
+    /// Their clusters would have numbers beyond 2^32, and come out as those of others.
+    #[test]
+    fn a_root_has_no_more_children_than_there_are_clusters() {
+        for (level, place, is_good) in [(3, 255, true), (3, 256, false), (2, 511, true)] {
+            let mut bytes = Vec::new();
+            let token = Token::Inner {
+                level,
+                children: vec![(place, 0)],
+            };
+            encode_token(&token, &mut bytes).expect("short");
+            assert_eq!(decode_all(&bytes).is_ok(), is_good, "{place} at {level}");
+        }
     }
 
     #[test]

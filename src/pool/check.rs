@@ -3,14 +3,13 @@
 
 use super::derive::Mend;
 use super::error::PoolError;
-use super::load::{JournalFault, Loaded, check_len, load, read_superblock};
+use super::load::{JournalFault, Loaded, check_len, load, read_superblock, superblock_copies};
+use super::lost::{Lost, changed_rows, said_by};
 use super::repair::{last_batch, mend};
-use super::rewrite::batch_after;
+use super::rewrite::first_batch;
 use crate::format::catalogue::RowKind;
-use crate::format::journal::Record;
-use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::format::units::{ClusterSize, DiskId, Lcn};
-use crate::storage::{AlignedBuf, Storage};
+use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
+use crate::storage::Storage;
 
 /// Something wrong with a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,28 +20,6 @@ pub struct Fault {
     pub remedy: Option<String>,
     /// What is lost by that, as far as the pool says.
     pub lost: Vec<Lost>,
-}
-
-/// A part of a disk whose contents, or last changes, a repair gives up.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lost {
-    /// The disk or snapshot.
-    pub disk: String,
-    /// First byte.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-}
-
-impl Lost {
-    /// `count` clusters of `disk` from `first`.
-    pub(super) fn clusters(disk: &str, first: Lcn, count: u32, size: ClusterSize) -> Self {
-        Self {
-            disk: disk.to_owned(),
-            offset: size.disk_offset(first),
-            len: u64::from(count) * size.bytes(),
-        }
-    }
 }
 
 /// What a check found.
@@ -80,40 +57,60 @@ impl Report {
 /// The store failed. Faults are not errors.
 pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
     let mut report = Report::default();
-    let Some(superblock) = check_superblocks(storage, &mut report)? else {
-        return Ok(report);
-    };
+    if let Some(superblock) = check_superblocks(storage, &mut report)? {
+        let writable = superblock.check_writable();
+        check_contents(storage, superblock, &mut report)?;
+        if let Err(e) = writable {
+            report.remarks.push(format!("{e}; to repair, too"));
+            for fault in &mut report.faults {
+                fault.remedy = None;
+            }
+        }
+    }
+    Ok(report)
+}
+
+fn check_contents(
+    storage: &dyn Storage,
+    superblock: Superblock,
+    report: &mut Report,
+) -> Result<(), PoolError> {
     report.is_clean = superblock.is_clean;
     report.cluster_bytes = superblock.cluster_size.bytes();
-    let loaded = match check_len(storage, &superblock).and_then(|()| load(storage, superblock)) {
+    let mut loaded = match check_len(storage, &superblock).and_then(|()| load(storage, superblock))
+    {
         Ok(loaded) => loaded,
         Err(e @ PoolError::Storage { .. }) => return Err(e),
         Err(e) => {
             report.fault(plain(&e), None);
-            return Ok(report);
+            return Ok(());
         }
     };
     for fault in &loaded.journal_faults {
-        check_journal(storage, &loaded, fault, &mut report)?;
+        check_journal(&loaded, fault, report);
     }
-    let mended = mend(&loaded, &mut |fault, lost| {
-        let remedy = match fault.mend {
+    let mended = mend(&mut loaded, &mut |what, mend, lost| {
+        let remedy = match mend {
             Mend::Nothing => None,
             Mend::Zeros => Some("zeros take its place"),
+            Mend::Cut => Some("it is taken away"),
             Mend::Share => Some("it is copied before it is written again; nothing is lost"),
         };
-        report.fault(fault.to_string(), remedy);
+        report.fault(what, remedy);
         if let Some(last) = report.faults.last_mut() {
             last.lost = lost;
         }
     });
     let Ok(space) = mended else {
-        return Ok(report);
+        return Ok(());
     };
-    if let (false, Err(e)) = (report.faults.is_empty(), batch_after(last_batch(&loaded))) {
-        report.fault(plain(&e), None);
+    if !report.faults.is_empty() {
+        let first = first_batch(storage, &loaded.superblock, last_batch(&loaded));
+        if let Err(e) = first {
+            report.fault(plain(&e), None);
+        }
     }
-    check_catalogue(&loaded, &mut report);
+    check_catalogue(&loaded, report);
     let usage = space.usage();
     report.disks = loaded.catalogue.iter().count();
     report.free_clusters = usage.clean + usage.written;
@@ -132,7 +129,7 @@ pub fn check(storage: &dyn Storage) -> Result<Report, PoolError> {
         .saturating_sub(metadata)
         .saturating_sub(image)
         .saturating_sub(report.free_clusters);
-    Ok(report)
+    Ok(())
 }
 
 /// What is wrong, without the advice to check the pool.
@@ -158,19 +155,16 @@ fn check_superblocks(
         }
     };
     if differ {
-        for at in SUPERBLOCK_AT {
-            let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
-            storage
-                .read_at(&mut bytes, at)
-                .map_err(PoolError::storage("reading the superblock"))?;
-            let remedy = Some("written anew from the other copy");
-            match Superblock::decode(&bytes) {
-                Err(e) => report.fault(format!("copy at byte {at}: {e}"), remedy),
+        for (at, copy) in SUPERBLOCK_AT.into_iter().zip(superblock_copies(storage)?) {
+            match copy {
+                Err(e) => {
+                    let remedy = "written anew from the other copy";
+                    report.fault(format!("copy at byte {at}: {e}"), Some(remedy));
+                }
                 Ok(copy) if copy.generation < superblock.generation => {
-                    report.fault(
-                        format!("superblock copy at byte {at} is out of date"),
-                        remedy,
-                    );
+                    let what = "out of date, as a crash between the two leaves it";
+                    let remark = format!("superblock copy at byte {at} is {what}");
+                    report.remarks.push(remark);
                 }
                 Ok(_) => {}
             }
@@ -180,73 +174,21 @@ fn check_superblocks(
 }
 
 /// Where the journal breaks off, and what is lost from there on.
-fn check_journal(
-    storage: &dyn Storage,
-    loaded: &Loaded,
-    fault: &JournalFault,
-    report: &mut Report,
-) -> Result<(), PoolError> {
-    let Some(seq) = fault.stopped_before else {
+fn check_journal(loaded: &Loaded, fault: &JournalFault, report: &mut Report) {
+    let Some(records) = &fault.lost else {
         let remedy = "the checkpoint image has what it said; nothing is lost";
         report.fault(plain(&fault.error), Some(remedy));
-        return Ok(());
+        return;
     };
     let remedy = "keeps everything before that batch; what it and later ones said is lost";
     report.fault(plain(&fault.error), Some(remedy));
-    let records = loaded.journal.intact_from(storage, seq)?;
     if let Some(last) = report.faults.last_mut() {
-        last.lost = said_by(loaded, &records);
+        last.lost = said_by(loaded, records);
     }
-    Ok(())
-}
-
-/// The parts of disks that records are about, neighbours together.
-fn said_by(loaded: &Loaded, records: &[Record]) -> Vec<Lost> {
-    let size = loaded.superblock.cluster_size;
-    let name = |id: DiskId| {
-        let new = records.iter().rev().find_map(|record| match record {
-            Record::Row(row) if row.id == id => Some(row.name.clone()),
-            Record::Row(_)
-            | Record::Map { .. }
-            | Record::Unmap { .. }
-            | Record::Fork { .. }
-            | Record::Delete { .. } => None,
-        });
-        let known = loaded.catalogue.get(id).map(|item| item.row.name.clone());
-        known.or(new).unwrap_or_else(|| format!("disk {id}"))
-    };
-    let mut lost: Vec<Lost> = Vec::new();
-    for record in records {
-        let (disk, first, count) = match record {
-            Record::Map { disk, lcn, .. } => (*disk, *lcn, 1),
-            Record::Unmap {
-                disk, first, count, ..
-            } => (*disk, *first, *count),
-            // All of a disk that is new, or became the copy of another.
-            Record::Row(row) if loaded.catalogue.get(row.id).is_none() => {
-                (row.id, Lcn(0), size.count(row.size).unwrap_or(u32::MAX))
-            }
-            Record::Fork { to, .. } => {
-                let item = loaded.catalogue.get(*to);
-                let len = item.map_or(0, |item| item.row.size);
-                (*to, Lcn(0), size.count(len).unwrap_or(u32::MAX))
-            }
-            Record::Row(_) | Record::Delete { .. } => continue,
-        };
-        lost.push(Lost::clusters(&name(disk), first, count, size));
+    for name in changed_rows(loaded, records) {
+        let what = "may have had another name, size or other settings";
+        report.remarks.push(format!("`{name}` {what}"));
     }
-    lost.sort_by(|one, other| (&one.disk, one.offset).cmp(&(&other.disk, other.offset)));
-    lost.dedup_by(|next, one| {
-        let end = one.offset.saturating_add(one.len);
-        let is_joined = one.disk == next.disk && next.offset <= end;
-        if is_joined {
-            one.len = one
-                .len
-                .max((next.offset - one.offset).saturating_add(next.len));
-        }
-        is_joined
-    });
-    lost
 }
 
 fn check_catalogue(loaded: &Loaded, report: &mut Report) {

@@ -10,7 +10,7 @@ use super::Pool;
 use super::error::PoolError;
 use super::gate::ClosedGates;
 use super::image::{Frozen, FrozenDisk};
-use super::journal::{BATCH_LEN_MAX, Journal, records_per_batch};
+use super::journal::{BATCH_LEN_MAX, Journal, LONG_BATCH_LEN_MAX, records_per_batch};
 use super::transaction::Transaction;
 use super::volume::{Map, Volume};
 use crate::format::journal::HEADER_LEN;
@@ -167,12 +167,16 @@ impl Pool {
     ) -> Result<T, PoolError> {
         self.check_writable()?;
         let room = (ROOM - SMALL_CHANGE_LEN_MAX).saturating_add(len);
-        let half_len = self.superblock.lock().journal_half_len;
-        if room > half_len {
+        let room_max = self
+            .superblock
+            .lock()
+            .journal_half_len
+            .min(LONG_BATCH_LEN_MAX);
+        if room > room_max {
             return Err(PoolError::invalid(format!(
                 "this change has {len} bytes of records, and this pool's journal takes {} at \
                  once: do it in parts",
-                half_len - (ROOM - SMALL_CHANGE_LEN_MAX)
+                room_max - (ROOM - SMALL_CHANGE_LEN_MAX)
             )));
         }
         for _ in 0..DRAIN_TRIES_MAX {

@@ -21,10 +21,8 @@ use std::ops::Range;
 pub struct EntryFault {
     /// The disk or snapshot.
     pub disk: String,
-    /// Its cluster, the first of some.
+    /// Its cluster, the first of those below a node.
     pub lcn: u32,
-    /// How many.
-    pub count: u32,
     /// What is wrong.
     pub what: String,
     /// What helps.
@@ -38,12 +36,17 @@ pub enum Mend {
     Nothing,
     /// Zeros take its place.
     Zeros,
+    /// It is taken away from disks that end before it.
+    Cut,
     /// Nobody takes the cluster for its alone: it is copied before it is written again.
     Share,
 }
 
 /// Owner of the clusters of the checkpoint image. No cluster of a disk has the last number.
 const IMAGE: u64 = u64::MAX;
+const BEYOND: &str = "beyond the end of the disk";
+/// Most faults that are listed, and mended.
+const FAULTS_MAX: usize = 16384;
 /// I4 is broken.
 const SHARED: &str = "it would be written in place although it may be shared";
 
@@ -85,12 +88,7 @@ pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
                 true => ("a map node belongs to another place too", Mend::Nothing),
                 false => (SHARED, Mend::Share),
             };
-            references.fault(
-                &disk,
-                clash.lcn..clash.lcn.saturating_add(clash.count),
-                what,
-                mend,
-            );
+            references.fault(&disk, clash.lcn, what, mend);
         }
     }
     let (used, faults) = references.finish();
@@ -122,7 +120,7 @@ impl Owner<'_> {
         generation: u32,
     ) -> Option<&'static str> {
         if entry.clusters() != [0, 0] && lcn >= self.end {
-            Some("beyond the end of the disk")
+            Some(BEYOND)
         } else if entry.birth > generation || (is_shared && self.is_alone(entry)) {
             // Births are of generations that have begun.
             Some(SHARED)
@@ -148,11 +146,18 @@ struct References<'a> {
 }
 
 impl References<'_> {
-    fn fault(&mut self, disk: &Owner<'_>, lcns: Range<u32>, what: &str, mend: Mend) {
+    fn fault(&mut self, disk: &Owner<'_>, lcn: u32, what: &str, mend: Mend) {
+        let (what, mend) = match self.faults.len() {
+            0..FAULTS_MAX => (what, mend),
+            FAULTS_MAX => (
+                "this and more: too many faults to be repaired",
+                Mend::Nothing,
+            ),
+            _ => return,
+        };
         self.faults.push(EntryFault {
             disk: disk.name.to_owned(),
-            lcn: lcns.start,
-            count: lcns.end - lcns.start,
+            lcn,
             what: what.to_owned(),
             mend,
         });
@@ -162,9 +167,10 @@ impl References<'_> {
     fn entry_fault(&mut self, disk: &Owner<'_>, lcn: u32, what: &str) {
         let mend = match what {
             SHARED => Mend::Share,
+            BEYOND => Mend::Cut,
             _ => Mend::Zeros,
         };
-        self.fault(disk, lcn..lcn.saturating_add(1), what, mend);
+        self.fault(disk, lcn, what, mend);
     }
 
     fn add_image(&mut self, cluster: u32) {
@@ -173,7 +179,6 @@ impl References<'_> {
             Some(_) | None => self.faults.push(EntryFault {
                 disk: "checkpoint image".to_owned(),
                 lcn: cluster,
-                count: 1,
                 what: "this cluster of the pool cannot belong to it".to_owned(),
                 mend: Mend::Nothing,
             }),
@@ -236,8 +241,16 @@ impl References<'_> {
                     return Err(SHARED.to_owned());
                 }
             } else {
-                let what = format!("cluster {cluster} of the pool is used elsewhere too");
-                return Err(what);
+                let elsewhere = match *known {
+                    IMAGE => "the checkpoint image".to_owned(),
+                    known => {
+                        let (family, lcn) = (known >> 32, known & u64::from(u32::MAX));
+                        format!("cluster {lcn} of a disk of the family of disk {family}")
+                    }
+                };
+                return Err(format!(
+                    "cluster {cluster} of the pool is used elsewhere too, as {elsewhere}"
+                ));
             }
         }
         Ok(())

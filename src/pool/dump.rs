@@ -2,12 +2,12 @@
 //! can be read, and says where it cannot go on.
 
 use super::error::PoolError;
-use super::load::{load, read_superblock};
+use super::load::{load, read_superblock, superblock_copies};
 use super::map::Tree;
 use super::walk::walk_all;
 use crate::format::journal::Entry;
-use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::storage::{AlignedBuf, Storage};
+use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
+use crate::storage::Storage;
 use serde_json::{Value, json};
 
 /// Longest run of entries that name no cluster and are not all zeros: each takes memory when the
@@ -28,11 +28,8 @@ pub(super) const ZEROS: Entry = Entry {
 /// # Errors
 /// The store failed, or the pool's metadata cannot be read further; what could be was dumped.
 pub fn dump(storage: &dyn Storage, line: &mut dyn FnMut(&Value)) -> Result<(), PoolError> {
-    for at in SUPERBLOCK_AT {
-        let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
-        let read = storage.read_at(&mut bytes, at);
-        read.map_err(PoolError::storage("reading the superblock"))?;
-        match Superblock::decode(&bytes) {
+    for (at, copy) in SUPERBLOCK_AT.into_iter().zip(superblock_copies(storage)?) {
+        match copy {
             Ok(superblock) => line(&superblock_line(at, &superblock)),
             Err(e) => line(&json!({"kind": "superblock", "at": at, "fault": e.to_string()})),
         }

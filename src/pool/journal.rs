@@ -2,6 +2,7 @@
 //! written again only when a complete checkpoint image covers everything in it.
 
 use super::error::PoolError;
+use super::search::Search;
 use crate::format::FormatError;
 use crate::format::journal::{
     BatchHeader, BatchWriter, HEADER_LEN, Record, SLOT_LEN, Stamp, decode_batch, decode_header,
@@ -13,6 +14,9 @@ use std::collections::BTreeMap;
 
 /// Longest batch that is collected before it is written, bytes.
 pub const BATCH_LEN_MAX: u64 = 256 << 10;
+
+/// Longest batch of all, bytes: one structural change of many rows.
+pub const LONG_BATCH_LEN_MAX: u64 = 8 << 20;
 
 /// What a half holds.
 #[derive(Debug, Clone, Copy)]
@@ -269,58 +273,27 @@ impl Journal {
 
     /// One batch is outstanding at a time (R9), so nothing intact follows the end of the journal
     /// except batches of earlier rounds, with lower numbers. Looks from byte `from` of a half on,
-    /// over one batch that cannot be read and at the one after it.
+    /// over the longest batch that cannot be read and at the one after it.
     fn refuse_if_later(
         &self,
         storage: &dyn Storage,
         half: u32,
         from: u64,
     ) -> Result<(), PoolError> {
-        let len = (2 * BATCH_LEN_MAX + 2 * BLOCK).min(self.half_len.saturating_sub(from));
-        let mut window = AlignedBuf::new(len_of(len));
-        storage
-            .read_at(&mut window, self.at[index(half)] + from)
-            .map_err(PoolError::storage("reading the journal"))?;
-        for (n, block) in (0..).zip(window.chunks(len_of(BLOCK))) {
-            let Ok(header) = decode_header(block) else {
-                continue;
-            };
-            let is_later = header.stamp.seq > self.next_seq;
-            if is_later && self.intact_at(storage, half, from + n * BLOCK)?.is_some() {
-                return Err(PoolError::damaged(format!(
-                    "journal batch {} cannot be read, but batch {} after it can",
-                    self.next_seq, header.stamp.seq
-                )));
-            }
+        let end = from.saturating_add(LONG_BATCH_LEN_MAX + BLOCK);
+        let mut later = None;
+        let search = self.search(storage, self.next_seq.saturating_add(1));
+        search.range(half, from..end, &mut |found| {
+            later = Some(found.stamp.seq);
+            false
+        })?;
+        match later {
+            None => Ok(()),
+            Some(later) => Err(PoolError::damaged(format!(
+                "journal batch {} cannot be read, but batch {later} after it can",
+                self.next_seq
+            ))),
         }
-        Ok(())
-    }
-
-    /// A whole batch of this pool at byte `used` of a half, whatever its number.
-    fn intact_at(
-        &self,
-        storage: &dyn Storage,
-        half: u32,
-        used: u64,
-    ) -> Result<Option<(BatchHeader, Vec<Record>)>, PoolError> {
-        if used + BLOCK > self.half_len {
-            return Ok(None);
-        }
-        let at = self.at[index(half)] + used;
-        let read = |len: u64| {
-            let mut bytes = AlignedBuf::new(len_of(len));
-            let read = storage.read_at(&mut bytes, at);
-            read.map_err(PoolError::storage("reading the journal"))?;
-            Ok::<_, PoolError>(bytes)
-        };
-        let Ok(header) = decode_header(&read(BLOCK)?) else {
-            return Ok(None);
-        };
-        if header.stamp.uuid_low != self.uuid_low || header.len > self.half_len - used {
-            return Ok(None);
-        }
-        let records = decode_batch(&header, &read(header.len)?);
-        Ok(records.ok().map(|records| (header, records)))
     }
 
     /// What all whole batches of this pool from number `seq` on say, in their order, wherever they
@@ -330,12 +303,24 @@ impl Journal {
     /// The store failed.
     pub fn intact_from(&self, storage: &dyn Storage, seq: u64) -> Result<Vec<Record>, PoolError> {
         let mut batches = BTreeMap::new();
-        self.search(storage, &mut |_, _, header, records| {
-            if header.stamp.seq >= seq {
-                batches.insert((header.stamp.seq, header.stamp.open_epoch), records);
-            }
+        self.search(storage, seq).all(&mut |found| {
+            let Stamp {
+                seq, open_epoch, ..
+            } = found.stamp;
+            batches.insert((seq, open_epoch), found.records);
         })?;
         Ok(batches.into_values().flatten().collect())
+    }
+
+    /// The highest number of a whole batch of this pool, wherever it is; 0 if there is none.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn highest_intact(&self, storage: &dyn Storage) -> Result<u64, PoolError> {
+        let mut highest = 0;
+        self.search(storage, 0)
+            .all(&mut |found| highest = highest.max(found.stamp.seq))?;
+        Ok(highest)
     }
 
     /// Goes to the first batch that the image does not cover, wherever it is; whether there is one.
@@ -343,47 +328,39 @@ impl Journal {
     /// # Errors
     /// The store failed.
     pub fn skip_to_image(&mut self, storage: &dyn Storage) -> Result<bool, PoolError> {
-        let wanted = self.image_seq.saturating_add(1);
-        let mut found: Option<(u32, u64, BatchHeader)> = None;
-        self.search(storage, &mut |half, used, header, _| {
-            let epoch = found.as_ref().map(|(_, _, known)| known.stamp.open_epoch);
-            if header.stamp.seq == wanted
-                && epoch.is_none_or(|epoch| epoch < header.stamp.open_epoch)
-            {
-                found = Some((half, used, header));
+        let seq = self.image_seq.saturating_add(1);
+        let mut best: Option<(u32, u64, Stamp)> = None;
+        self.search(storage, seq).all(&mut |found| {
+            let stamp = found.stamp;
+            let is_newer = best.is_none_or(|(_, _, known)| known.open_epoch < stamp.open_epoch);
+            if stamp.seq == seq && stamp.open_epoch <= self.open_epoch && is_newer {
+                best = Some((found.half, found.used, stamp));
             }
         })?;
-        let Some((half, used, header)) = found else {
+        let Some((half, used, stamp)) = best else {
             return Ok(false);
         };
-        self.next_seq = wanted;
-        self.prev_crc = header.stamp.prev_crc;
-        self.switch();
-        if self.active != half {
-            self.switch();
-        }
-        self.used = used;
+        let first = JournalStart {
+            half,
+            seq,
+            prev_crc: stamp.prev_crc,
+        };
+        (self.active, self.used) = (half, used);
+        (self.next_seq, self.prev_crc) = (seq, stamp.prev_crc);
+        // Nothing is known of the other half: the journal may go on there.
+        self.halves = [None; 2];
+        self.halves[index(half)] = Some(Half { first, last_seq: 0 });
         Ok(true)
     }
 
-    /// Calls `visit` with the half, byte, header and records of every whole batch of this pool.
-    fn search(
-        &self,
-        storage: &dyn Storage,
-        visit: &mut dyn FnMut(u32, u64, BatchHeader, Vec<Record>),
-    ) -> Result<(), PoolError> {
-        for half in [0, 1] {
-            let mut used = 0;
-            while used < self.half_len {
-                let found = self.intact_at(storage, half, used)?;
-                let len = found.as_ref().map_or(BLOCK, |(header, _)| header.len);
-                if let Some((header, records)) = found {
-                    visit(half, used, header, records);
-                }
-                used += len;
-            }
+    fn search<'a>(&self, storage: &'a dyn Storage, min_seq: u64) -> Search<'a> {
+        Search {
+            storage,
+            at: self.at,
+            half_len: self.half_len,
+            uuid_low: self.uuid_low,
+            min_seq,
         }
-        Ok(())
     }
 }
 

@@ -38,25 +38,33 @@ pub struct Replay {
     pub zeros: Zeros,
 }
 
-/// Both copies of the superblock, as far as they are intact.
+/// Both copies of the superblock, as far as they are intact and can be read.
 ///
 /// # Errors
-/// The store failed.
+/// The store failed, and no copy is left.
 pub fn superblock_copies(
     storage: &dyn Storage,
 ) -> Result<[Result<Superblock, FormatError>; 2], PoolError> {
     let reading = || PoolError::storage("reading the superblock");
     let len = storage.len().map_err(reading())?;
-    let read = |at: u64| {
-        if at + bytes_of(SUPERBLOCK_LEN) > len {
-            return Ok::<_, PoolError>(Superblock::decode(&[]));
-        }
+    let mut failed = None;
+    let copies = SUPERBLOCK_AT.map(|at| {
         let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
-        storage.read_at(&mut bytes, at).map_err(reading())?;
-        Ok(Superblock::decode(&bytes))
-    };
-    let [first, second] = SUPERBLOCK_AT;
-    Ok([read(first)?, read(second)?])
+        if at + bytes_of(SUPERBLOCK_LEN) > len {
+            return Superblock::decode(&[]);
+        }
+        match storage.read_at(&mut bytes, at) {
+            Ok(()) => Superblock::decode(&bytes),
+            Err(e) => {
+                failed = Some(e);
+                Superblock::decode(&[])
+            }
+        }
+    });
+    match failed {
+        Some(e) if copies.iter().all(Result::is_err) => Err(reading()(e)),
+        Some(_) | None => Ok(copies),
+    }
 }
 
 /// The newest intact superblock, and whether the other copy needs rewriting.
@@ -106,9 +114,9 @@ pub(super) struct Loaded {
 #[derive(Debug)]
 pub(super) struct JournalFault {
     pub error: PoolError,
-    /// Replay stopped before this batch; `None` if the image covers what could not be read, and
-    /// replay went on behind it.
-    pub stopped_before: Option<u64>,
+    /// What whole batches from there on say, which were not replayed. `None` if the image covers
+    /// what cannot be read, and nothing is known to be missing.
+    pub lost: Option<Vec<Record>>,
 }
 
 /// Loads the image and replays the journal, as far as it can be.
@@ -122,10 +130,8 @@ pub(super) fn load(storage: &dyn Storage, superblock: Superblock) -> Result<Load
         Err(Unfit { seq, error }) => {
             let again = load_before(storage, superblock, seq)?;
             let mut loaded = again.map_err(|again| again.error)?;
-            loaded.journal_faults.push(JournalFault {
-                error,
-                stopped_before: Some(seq),
-            });
+            let lost = Some(loaded.journal.intact_from(storage, seq)?);
+            loaded.journal_faults.push(JournalFault { error, lost });
             Ok(loaded)
         }
     }
@@ -167,11 +173,13 @@ fn load_before(
         };
         let is_covered = journal.last_seq() < journal.image_seq();
         let goes_on = is_covered && journal.skip_to_image(storage)?;
-        let next = (journal.last_seq() + 1).max(journal.image_seq().saturating_add(1));
-        journal_faults.push(JournalFault {
-            error,
-            stopped_before: (!goes_on).then_some(next),
-        });
+        let mut lost = None;
+        if !goes_on {
+            let next = (journal.last_seq() + 1).max(journal.image_seq().saturating_add(1));
+            let records = journal.intact_from(storage, next)?;
+            lost = (!is_covered || !records.is_empty()).then_some(records);
+        }
+        journal_faults.push(JournalFault { error, lost });
         if !goes_on {
             break;
         }

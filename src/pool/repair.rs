@@ -1,20 +1,27 @@
 //! Repairing a pool that nobody has open: what can be rebuilt is, in memory, and then all metadata is
 //! written anew. What was there stays as it was until that is done.
 
-use super::check::{Lost, Report, check};
+use super::check::{Report, check};
 use super::derive::{EntryFault, Mend, derive};
 use super::error::PoolError;
-use super::load::{Loaded, load, read_superblock};
+use super::load::{Loaded, load, read_superblock, superblock_copies};
+use super::lost::{Lost, given_away, join};
 use super::rewrite::rewrite;
 use super::space::Space;
-use super::volume::Map;
 use crate::format::journal::Entry;
-use crate::format::units::Lcn;
-use crate::storage::Storage;
+use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
+use crate::format::units::{DiskId, Generation, Lcn};
+use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Arc;
+use std::collections::BTreeSet;
 
 /// One fault may hide another; more often than this it is not worth going on.
 const ROUNDS_MAX: usize = 4;
+
+const ZEROS: Entry = super::dump::ZEROS;
+
+/// Told what is wrong, what is done about it, and what is lost by that.
+type Said<'a> = &'a mut dyn FnMut(String, Mend, Vec<Lost>);
 
 /// Repairs the pool in `storage`, which nobody else has open: superblock copies, a journal that
 /// breaks off, entries that cannot be. What is lost by that is said by the faults in the report,
@@ -22,7 +29,7 @@ const ROUNDS_MAX: usize = 4;
 ///
 /// # Errors
 /// The pool has a fault that cannot be repaired, or no space for its metadata to be written anew:
-/// nothing was changed then. The store failed: run it again.
+/// nothing was changed then but a copy of the superblock. The store failed: run it again.
 pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
     let report = check(&**storage)?;
     if let Some(fault) = report.faults.iter().find(|fault| fault.remedy.is_none()) {
@@ -35,13 +42,30 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
         return Ok(report);
     }
     let (superblock, _) = read_superblock(&**storage)?;
-    superblock.check_writable()?;
-    let loaded = load(&**storage, superblock)?;
-    let space = mend(&loaded, &mut |_, _| ())?;
-    let last_batch = last_batch(&loaded);
-    let owner = "tidepool pool check --repair";
-    rewrite(storage, loaded, space, last_batch, owner)?;
+    // First, and alone where that is all: the other copy is the only one until then.
+    mend_copies(&**storage, &superblock)?;
+    let mut loaded = load(&**storage, superblock)?;
+    let mut is_changed = !loaded.journal_faults.is_empty();
+    let space = mend(&mut loaded, &mut |_, _, _| is_changed = true)?;
+    if is_changed {
+        let last_batch = last_batch(&loaded);
+        let owner = "tidepool pool check --repair";
+        rewrite(storage, loaded, space, last_batch, owner)?;
+    }
     Ok(report)
+}
+
+/// Puts `superblock` in the place of copies that are not intact.
+fn mend_copies(storage: &dyn Storage, superblock: &Superblock) -> Result<(), PoolError> {
+    for (at, copy) in SUPERBLOCK_AT.into_iter().zip(superblock_copies(storage)?) {
+        if copy.is_err() {
+            let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
+            bytes.copy_from_slice(&superblock.encode());
+            let written = storage.write_durable_at(&bytes, at);
+            written.map_err(PoolError::storage("writing the superblock"))?;
+        }
+    }
+    Ok(())
 }
 
 /// The last batch that the pool is known to have had.
@@ -49,22 +73,30 @@ pub(super) fn last_batch(loaded: &Loaded) -> u64 {
     loaded.journal.last_seq().max(loaded.journal.image_seq())
 }
 
-/// Mends what can be mended of what was loaded. Returns what is free; calls `said` with each fault
-/// and what is lost by mending it.
+/// Mends what can be mended of what was loaded. Returns what is free; `said` is told of each fault.
 ///
 /// # Errors
-/// A fault that cannot be mended; `said` was told.
-pub(super) fn mend(
-    loaded: &Loaded,
-    said: &mut dyn FnMut(&EntryFault, Vec<Lost>),
-) -> Result<Space, PoolError> {
+/// A fault that cannot be mended.
+pub(super) fn mend(loaded: &mut Loaded, said: Said<'_>) -> Result<Space, PoolError> {
+    let lost: Vec<EntryFault> = loaded
+        .journal_faults
+        .iter()
+        .filter_map(|fault| fault.lost.as_ref())
+        .flat_map(|records| given_away(loaded, records))
+        .collect();
+    if !lost.is_empty() {
+        let parts = lost.iter().flat_map(|fault| put(loaded, fault, ZEROS));
+        let parts = join(parts.collect());
+        let what = "clusters of what is kept have become others' since";
+        said(what.to_owned(), Mend::Zeros, parts);
+    }
     for round in 0..=ROUNDS_MAX {
         let mut space = Space::new();
         let mut faults = derive(loaded, &mut space);
         if faults.is_empty() {
             return Ok(space);
         }
-        if round == ROUNDS_MAX {
+        if round == ROUNDS_MAX || loaded.replay.generation == u32::MAX {
             for fault in &mut faults {
                 fault.mend = Mend::Nothing;
             }
@@ -72,29 +104,50 @@ pub(super) fn mend(
         if let Some(hopeless) = faults.iter().find(|fault| fault.mend == Mend::Nothing) {
             let hopeless = PoolError::damaged(hopeless.to_string());
             for fault in &faults {
-                said(fault, Vec::new());
+                said(fault.to_string(), fault.mend, Vec::new());
             }
             return Err(hopeless);
         }
-        for fault in &faults {
-            let lost = mend_one(loaded, fault);
-            said(fault, lost);
-        }
+        mend_all(loaded, &faults, said);
     }
     Err(PoolError::damaged("its faults hide one another"))
 }
 
-/// Mends a fault in every disk that shares it. What is lost by that.
-fn mend_one(loaded: &Loaded, fault: &EntryFault) -> Vec<Lost> {
+fn mend_all(loaded: &mut Loaded, faults: &[EntryFault], said: Said<'_>) {
+    let mut shared = BTreeSet::new();
+    for fault in faults {
+        let lost = match fault.mend {
+            Mend::Nothing => Vec::new(),
+            Mend::Zeros => put(loaded, fault, ZEROS),
+            Mend::Cut => put(loaded, fault, Entry::default()),
+            Mend::Share => {
+                shared.extend(share(loaded, fault));
+                Vec::new()
+            }
+        };
+        said(fault.to_string(), fault.mend, lost);
+    }
+    // As after a fork of each of them: what they have now may be shared.
+    let ended = Generation(loaded.replay.generation);
+    for item in loaded.catalogue.iter() {
+        if shared.contains(&item.row.family) {
+            item.volume.map.write().last_fork = ended;
+        }
+    }
+    if !shared.is_empty() {
+        loaded.replay.generation += 1;
+    }
+}
+
+/// Puts `new` in the place of the entry that is at fault, in every disk that shares it and in which
+/// it is at fault. What is lost by that.
+fn put(loaded: &Loaded, fault: &EntryFault, new: Entry) -> Vec<Lost> {
     let Ok(named) = loaded.catalogue.find(&fault.disk) else {
         return Vec::new();
     };
-    let zeros = Entry {
-        zero: u16::MAX,
-        ..Entry::default()
-    };
-    let bad = named.volume.map.read().get(Lcn(fault.lcn));
-    if bad == zeros {
+    let lcn = Lcn(fault.lcn);
+    let bad = named.volume.map.read().get(lcn);
+    if bad == new {
         // A relative with the same entry came first.
         return Vec::new();
     }
@@ -103,35 +156,32 @@ fn mend_one(loaded: &Loaded, fault: &EntryFault) -> Vec<Lost> {
     let relatives = loaded.catalogue.iter();
     for item in relatives.filter(|item| item.row.family == named.row.family) {
         let mut map = item.volume.map.write();
-        match fault.mend {
-            Mend::Nothing => {}
-            Mend::Zeros if map.get(Lcn(fault.lcn)) == bad => {
-                map.replay_entry(&loaded.replay, Lcn(fault.lcn), zeros);
-                lost.push(Lost::clusters(&item.row.name, Lcn(fault.lcn), 1, size));
-            }
-            Mend::Zeros => {}
-            Mend::Share => share(&mut map, loaded, fault),
+        let is_inside = size.disk_offset(lcn) < map.size;
+        if map.get(lcn) == bad && !(fault.mend == Mend::Cut && is_inside) {
+            map.replay_entry(&loaded.replay, lcn, new);
+            lost.push(Lost::clusters(&item.row.name, lcn, 1, size));
         }
     }
     lost
 }
 
-/// The map takes nothing for its disk's alone where the fault is.
-fn share(map: &mut Map, loaded: &Loaded, fault: &EntryFault) {
-    let end = fault.lcn.saturating_add(fault.count);
-    let birth_max = map.last_fork.0.min(loaded.replay.generation);
-    let mut next = map.tree.next_leaf(fault.lcn / 64);
-    while let Some(number) = next.filter(|number| *number <= (end - 1) / 64) {
-        let lcns = (number * 64).max(fault.lcn)..(number * 64).saturating_add(64).min(end);
-        for lcn in lcns.map(Lcn) {
-            let entry = map.get(lcn);
-            if entry.own != 0 && entry.birth > birth_max {
-                let birth = birth_max;
-                map.replay_entry(&loaded.replay, lcn, Entry { birth, ..entry });
-            }
+/// The family whose disks may share what is at fault. Entries that say they were born later than now
+/// would still be taken for nobody else's: they are born now.
+fn share(loaded: &Loaded, fault: &EntryFault) -> Option<DiskId> {
+    let named = loaded.catalogue.find(&fault.disk).ok()?;
+    let family = named.row.family;
+    let now = loaded.replay.generation;
+    let relatives = loaded.catalogue.iter();
+    for item in relatives.filter(|item| item.row.family == family) {
+        let mut map = item.volume.map.write();
+        let entry = map.get(Lcn(fault.lcn));
+        if entry.birth > now {
+            let entry = Entry {
+                birth: now,
+                ..entry
+            };
+            map.replay_entry(&loaded.replay, Lcn(fault.lcn), entry);
         }
-        next = number
-            .checked_add(1)
-            .and_then(|from| map.tree.next_leaf(from));
     }
+    Some(family)
 }

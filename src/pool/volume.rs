@@ -2,7 +2,6 @@
 //! clusters some request is busy with, and the gate its requests pass.
 
 use super::busy::Busy;
-use super::counts::Counts;
 use super::error::PoolError;
 use super::gate::Gate;
 use super::load::Replay;
@@ -196,16 +195,6 @@ impl Map {
     /// Drops a reference that no entry of this map holds any more.
     pub fn drop_later(&mut self, dropped: Dropped) {
         self.drops.push(dropped);
-    }
-
-    /// Puts `lcn` into the next batch.
-    pub fn mark_dirty(&mut self, counts: &Counts, lcn: Lcn) {
-        let (leaf_number, place) = leaf_of(lcn);
-        let leaf = self.tree.leaf_mut(leaf_number, counts);
-        if leaf.dirty == 0 {
-            self.dirty_leaves.push(leaf_number);
-        }
-        leaf.dirty |= 1 << place;
     }
 
     /// Puts `tree` in the place of this disk's map; the old one is dropped.

@@ -47,8 +47,6 @@ impl Below {
 pub struct Clash {
     /// The first cluster of the disk that the node is about.
     pub lcn: u32,
-    /// How many it is about.
-    pub count: u32,
     /// I1: it was met in another place or family too. Otherwise I4: the disk would write in place
     /// what it shares.
     pub is_elsewhere: bool,
@@ -83,12 +81,7 @@ impl Seen {
         let below = met.below;
         if below.has_clusters && (is_elsewhere || below.newest > self.last_fork) {
             let lcn = (number << leaves_log2) << 6;
-            let count = 64_u32.checked_shl(leaves_log2).filter(|count| *count != 0);
-            self.clashes.push(Clash {
-                lcn,
-                count: count.unwrap_or(u32::MAX),
-                is_elsewhere,
-            });
+            self.clashes.push(Clash { lcn, is_elsewhere });
         }
         Some(below)
     }

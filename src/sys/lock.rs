@@ -180,10 +180,12 @@ pub fn is_mounted(device: &File) -> bool {
 /// there, but then they name the device.
 fn mounts_device(line: &str, number: &str) -> bool {
     let is_it = |name: &str| {
-        fs::metadata(name).is_ok_and(|stat| {
-            let (major, minor) = (libc::major(stat.rdev()), libc::minor(stat.rdev()));
-            name.starts_with("/dev/") && format!("{major}:{minor}") == number
-        })
+        let is_path = name.starts_with("/dev/");
+        is_path
+            && fs::metadata(name).is_ok_and(|stat| {
+                let (major, minor) = (libc::major(stat.rdev()), libc::minor(stat.rdev()));
+                format!("{major}:{minor}") == number
+            })
     };
     let source = line
         .split_once(" - ")

@@ -205,7 +205,7 @@ fn a_read_of_a_cluster_that_is_given_to_another() {
 /// A write that was planned and not completed, and one beside it in the same cluster that needs a
 /// copy: it waits, and is woken.
 ///
-/// Fails if `Map::end_fill` does not wake who waits.
+/// Fails if `Disk::complete_write` does not wake who waits.
 #[test]
 fn who_waits_for_a_write_is_woken() {
     meet("entries/woken", 0, 3, |_pool, disk| {

@@ -158,9 +158,7 @@ pub(crate) fn check_image(image: &Arc<SimStorage>, candidates: &[Model]) -> Resu
 /// `check` finds nothing wrong.
 fn check_well(image: &SimStorage) -> Result<(), String> {
     let report = check::check(image).map_err(|e| e.to_string())?;
-    // Of the two superblocks one may be behind: that is what there are two for.
-    let is_fault = |what: &str| !what.contains("copy at byte");
-    if let Some(fault) = report.faults.iter().find(|fault| is_fault(&fault.what)) {
+    if let Some(fault) = report.faults.first() {
         return Err(format!("check: {}", fault.what));
     }
     Ok(())
