@@ -80,10 +80,12 @@ fn reseal(storage: &SimStorage) {
 }
 
 /// A repair does all that the check says it can, or nothing.
-fn mend(storage: &SimStorage) {
+fn mend(storage: &SimStorage, report: &check::Report) {
+    if report.faults.is_empty() {
+        return;
+    }
     let storage = Arc::new(storage.crash_all_kept());
     let store = Arc::clone(&storage) as Arc<dyn Storage>;
-    let Ok(report) = check::check(&*store) else { return };
     let is_mendable = report.faults.iter().all(|fault| fault.remedy.is_some());
     let changes = storage.counters().changes();
     match repair(&store) {
@@ -110,8 +112,10 @@ fuzz_target!(|data: &[u8]| {
         rest = &tail[len..];
     }
     reseal(&storage);
-    mend(&storage);
     let report = check::check(&*storage);
+    if let Ok(report) = &report {
+        mend(&storage, report);
+    }
     let options = OpenOptions::default();
     match Pool::open(Arc::clone(&storage) as Arc<dyn Storage>, &options) {
         // A newer release's pool may be read: that is no fault.
