@@ -7,6 +7,7 @@ use nix::sys::socket::socketpair;
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg};
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use tidepool::cowdisk::{Base, DiskError};
 use tidepool::format::catalogue::BaseFormat;
@@ -65,4 +66,21 @@ fn a_base_is_examined_when_it_is_locked() {
     let opened = open_while_it_changes(&path, &vec![8; 2 << 20]);
     let e = opened.expect_err("it is not what it was").to_string();
     assert!(e.contains("has changed since it became a base"), "{e}");
+}
+
+#[test]
+fn a_base_that_got_another_name_is_the_same_base() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    std::fs::write(&path, vec![7; 1 << 20]).expect("an image");
+    let reference = Base::examine(&path, BaseFormat::Raw).expect("a file");
+    let time = || std::fs::metadata(&path).expect("there").ctime_nsec();
+    let (before, mut names) = (time(), 0);
+    while time() == before {
+        std::fs::hard_link(&path, dir.path().join(format!("link{names}"))).expect("links");
+        names += 1;
+    }
+    let base = Base::open(&reference).expect("its contents are what they were");
+    let again = Base::open(&reference).expect("it is open");
+    assert!(Arc::ptr_eq(&base, &again), "disks share what they read");
 }

@@ -7,6 +7,7 @@ mod common;
 use common::{CLUSTER, bytes, disk, fresh, opened, read};
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk};
+use tidepool::format::catalogue::BaseFormat;
 use tidepool::pool::Pool;
 use tidepool::storage::SimStorage;
 
@@ -136,4 +137,27 @@ fn a_commit_is_no_way_around_a_limit() {
     let refused = parent.write_at(&bytes(3, CLUSTER), 2 * CLUSTER);
     let kind = refused.expect_err("over the limit").kind();
     assert_eq!(kind, cowdisk::DiskErrorKind::LimitReached);
+}
+
+/// The base has grown with the commit; what it has there is the disk's after the next opening too.
+#[test]
+fn a_disk_longer_than_its_base_is_committed_whole() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    std::fs::write(&path, bytes(1, 2 * CLUSTER)).expect("an image");
+    let (storage, pool) = fresh();
+    let new = cowdisk::NewDisk {
+        base: Some((path.clone(), BaseFormat::Raw)),
+        ..cowdisk::NewDisk::empty("d", 8 * CLUSTER)
+    };
+    cowdisk::create(&pool, &new).expect("creates");
+    write(&pool, "d", 7, 6 * CLUSTER);
+    cowdisk::commit_to_base(&pool, "d", false, &mut |_, _| Ok(())).expect("commits");
+    let [one, zeros] = [bytes(1, 2 * CLUSTER), bytes(0, 4 * CLUSTER)];
+    let expected = [one, zeros, bytes(7, CLUSTER), bytes(0, CLUSTER)].concat();
+    assert!(std::fs::read(&path).expect("reads") == expected);
+    for pool in now_and_later(&storage, &pool) {
+        let disk = Disk::open(&pool, "d").expect("there");
+        assert!(read(&disk, 0, 8 * CLUSTER) == expected);
+    }
 }

@@ -297,3 +297,28 @@ fn comparisons_extents_and_copies_tell_the_truth() {
         );
     }
 }
+
+/// Made shorter than its base and enlarged, a disk has zeros where another has the base. Neither has
+/// a map that says so, and both are large enough for several nodes of one.
+#[test]
+fn disks_that_read_one_base_to_different_ends_differ_there() {
+    const LEN: u64 = 4 << 30;
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    let base = std::fs::File::create(&path).expect("an image");
+    base.set_len(LEN).expect("is sparse");
+    let (_storage, pool) = fresh();
+    for (name, size) in [("whole", LEN), ("begun", LEN / 4)] {
+        let new = NewDisk {
+            base: Some((path.clone(), BaseFormat::Raw)),
+            ..NewDisk::empty(name, size)
+        };
+        cowdisk::create(&pool, &new).expect("creates");
+    }
+    cowdisk::resize(&pool, "begun", LEN, false).expect("grows");
+    let [whole, begun] = ["whole", "begun"].map(|name| Disk::open(&pool, name).expect("opens"));
+    for (a, b) in [(&whole, &begun), (&begun, &whole)] {
+        let found = cowdisk::diff(a, b, Comparison::Places).expect("compares");
+        assert_eq!(found, [LEN / 4..LEN]);
+    }
+}

@@ -498,3 +498,29 @@ fn the_last_cluster_of_the_largest_disk_is_like_any_other() {
         .expect("discards");
     assert!(read(&d, last, CLUSTER) == bytes(0, CLUSTER));
 }
+
+/// A write that has to merge two clusters into a third, and cannot read them, takes no space.
+#[test]
+fn a_merge_that_fails_gives_its_cluster_back() {
+    let (storage, pool) = fresh();
+    let fork = |from: &str, to: &str| {
+        cowdisk::fork(&pool, from, &[to.to_owned()]).expect("forks");
+        Disk::open(&pool, to).expect("there")
+    };
+    let first = disk(&pool, "a", CLUSTER);
+    first.write_at(&bytes(1, SUB), 0).expect("writes");
+    let second = fork("a", "b");
+    second.write_at(&bytes(2, SUB), SUB).expect("writes");
+    let third = fork("b", "c");
+    let free = || cowdisk::usage(&pool).expect("measures").free;
+    let before = free();
+    storage.fail(Op::Read, 0, 5);
+    third
+        .write_at(&bytes(3, SUB), 2 * SUB)
+        .expect_err("cannot merge");
+    assert_eq!(free(), before);
+    third.write_at(&bytes(3, SUB), 2 * SUB).expect("merges");
+    assert_eq!(free(), before - CLUSTER);
+    let expected = [bytes(1, SUB), bytes(2, SUB), bytes(3, SUB)].concat();
+    assert!(read(&third, 0, 3 * SUB) == expected);
+}

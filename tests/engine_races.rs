@@ -9,8 +9,9 @@ use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, fresh, move_bytes
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Wake, Waker};
-use tidepool::cowdisk::{self, Disk, DiskErrorKind, Step, WritePlan};
-use tidepool::format::catalogue::Row;
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Step, WritePlan};
+use tidepool::format::catalogue::{BaseFormat, Row};
+use tidepool::format::units::Lcn;
 use tidepool::pool::volume::Volume;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{Access, FileStorage};
@@ -259,4 +260,41 @@ fn a_disk_that_is_being_replaced_opens_as_what_it_becomes() {
     assert_eq!(item.volume.opens.load(Ordering::SeqCst), 1);
     drop(d);
     assert_eq!(item.volume.opens.load(Ordering::SeqCst), 0);
+}
+
+/// A block that a write in flight fills is not pulled from the base over it.
+#[test]
+fn a_flattening_waits_for_the_writes_in_a_cluster() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    std::fs::write(&path, bytes(7, CLUSTER)).expect("an image");
+    let (_storage, pool) = fresh();
+    let new = NewDisk {
+        base: Some((path, BaseFormat::Raw)),
+        ..NewDisk::empty("d", CLUSTER)
+    };
+    cowdisk::create(&pool, &new).expect("creates");
+    let d = Disk::open(&pool, "d").expect("opens");
+    let written = bytes(1, SUB);
+    let (pass, mut plan) = begin_write(&d, 0, &written);
+    move_bytes(&d, &plan, &written);
+    let flattener = {
+        let pool = Arc::clone(&pool);
+        let flatten = move || cowdisk::flatten(&pool, "d", &mut |_, _| Ok(()));
+        spawn_named("flattener", flatten).expect("a thread")
+    };
+    let volume = pool.find("d").expect("there").volume;
+    let is_waiting = || {
+        let map = volume.map.read();
+        assert_eq!(map.get(Lcn(0)).alloc, 0, "nothing is pulled yet");
+        !map.waiting.is_empty()
+    };
+    while !is_waiting() {
+        std::thread::yield_now();
+    }
+    d.complete_write(&mut plan, true);
+    drop(pass);
+    flattener.join().expect("no panic").expect("flattens");
+    let expected = [written, bytes(7, CLUSTER - SUB)].concat();
+    assert!(read(&d, 0, CLUSTER) == expected);
 }
