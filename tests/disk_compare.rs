@@ -9,7 +9,7 @@
 
 mod common;
 
-use common::{CLUSTER, Random, fresh, opened};
+use common::{CLUSTER, Random, SUB, fresh, opened};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
@@ -321,4 +321,18 @@ fn disks_that_read_one_base_to_different_ends_differ_there() {
         let found = cowdisk::diff(a, b, Comparison::Places).expect("compares");
         assert_eq!(found, [LEN / 4..LEN]);
     }
+}
+
+/// What a fork wrote is told to the block, from what it discarded again and what it never had.
+#[test]
+fn a_fork_differs_in_the_blocks_that_it_has() {
+    let (_storage, pool) = fresh();
+    drop(common::disk(&pool, "d", 4 * CLUSTER));
+    cowdisk::fork(&pool, "d", &["fork".to_owned()]).expect("forks");
+    let [d, fork] = ["d", "fork"].map(|name| Disk::open(&pool, name).expect("opens"));
+    let blocks = common::bytes(1, 3 * SUB);
+    fork.write_at(&blocks, CLUSTER).expect("writes");
+    fork.discard(CLUSTER, SUB).expect("discards");
+    let found = cowdisk::diff(&d, &fork, Comparison::Places).expect("compares");
+    assert_eq!(found, [CLUSTER + SUB..CLUSTER + 3 * SUB]);
 }
