@@ -10,6 +10,16 @@ cache=${TIDEPOOL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tidepool}
 say() { printf '== %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+# tool NAME: makes `cargo NAME` available, from crates.io into the cache if need be.
+PATH=$PATH:$cache/tools/bin
+tool() {
+    if [ -x "$(command -v "cargo-$1")" ]; then return 0; fi
+    say "building cargo-$1 from crates.io"
+    # quick to build rather than quick to run
+    timeout 600 env -u CARGO_TARGET_DIR CARGO_PROFILE_RELEASE_{LTO=off,OPT_LEVEL=1,CODEGEN_UNITS=16} \
+        cargo install -q --locked "cargo-$1" --root "$cache/tools"
+}
+
 # Runs a command as root; a plain user needs sudo.
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
