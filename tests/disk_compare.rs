@@ -336,3 +336,31 @@ fn a_fork_differs_in_the_blocks_that_it_has() {
     let found = cowdisk::diff(&d, &fork, Comparison::Places).expect("compares");
     assert_eq!(found, [CLUSTER + SUB..CLUSTER + 3 * SUB]);
 }
+
+/// Zeros hide the base, whether they came at once or block by block, discarded or written, and after
+/// the next opening too.
+#[test]
+fn zeros_over_a_base_hide_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    std::fs::write(&path, common::bytes(7, 4 * CLUSTER)).expect("an image");
+    let (storage, pool) = fresh();
+    let new = NewDisk {
+        base: Some((path, BaseFormat::Raw)),
+        ..NewDisk::empty("d", 4 * CLUSTER)
+    };
+    cowdisk::create(&pool, &new).expect("creates");
+    let d = Disk::open(&pool, "d").expect("opens");
+    d.discard(0, CLUSTER).expect("discards");
+    d.write_zeroes(CLUSTER, CLUSTER, false).expect("zeroes");
+    for block in 0..16 {
+        d.discard(2 * CLUSTER + block * SUB, SUB).expect("discards");
+        let at = 3 * CLUSTER + block * SUB;
+        d.write_zeroes(at, SUB, false).expect("zeroes");
+    }
+    assert!(contents(&d) == common::bytes(0, 4 * CLUSTER));
+    d.flush().expect("flushes");
+    let again = opened(&Arc::new(storage.crash_all_lost()));
+    let d = Disk::open(&again, "d").expect("opens");
+    assert!(contents(&d) == common::bytes(0, 4 * CLUSTER));
+}
