@@ -111,11 +111,12 @@ fn many(token: &Token) -> Arc<SimStorage> {
 }
 
 fn inner(level: u8, child: u32) -> Token {
-    let children = (0..512).map(|place| (place, child)).collect();
+    let fanout = if level == 3 { 256 } else { 512 };
+    let children = (0..fanout).map(|place| (place, child)).collect();
     Token::Inner { level, children }
 }
 
-/// Roots that each have one node 512 times, which has one node 512 times, which has one leaf.
+/// Roots that each have one node 256 times, which has one node 512 times, which has one leaf.
 fn nested() -> Arc<SimStorage> {
     let zeros = Entry {
         zero: u16::MAX,
