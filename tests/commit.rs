@@ -161,3 +161,22 @@ fn a_disk_longer_than_its_base_is_committed_whole() {
         assert!(read(&disk, 0, 8 * CLUSTER) == expected);
     }
 }
+
+/// After a commit the two are equal: the child's next changes can be committed like the first.
+#[test]
+fn a_child_is_committed_again_and_again() {
+    let (storage, pool) = fresh();
+    drop(disk(&pool, "p", 4 * CLUSTER));
+    fork(&pool, "p", "c");
+    let commit = |pool: &Arc<Pool>, value: u8| {
+        write(pool, "c", value, 0);
+        cowdisk::commit(pool, "c").expect("the parent has not changed");
+        let parent = Disk::open(pool, "p").expect("there");
+        assert!(read(&parent, 0, CLUSTER) == bytes(value, CLUSTER));
+    };
+    commit(&pool, 1);
+    commit(&pool, 2);
+    for pool in now_and_later(&storage, &pool) {
+        commit(&pool, 3);
+    }
+}

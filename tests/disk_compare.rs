@@ -205,7 +205,8 @@ fn check_flatten(random: &mut Random, pool: &Arc<Pool>, name: &str, flat: &mut [
         Ok(())
     });
     result.expect("flattens");
-    assert!(pool.find(name).expect("is there").row.base.is_none());
+    let row = pool.find(name).expect("is there").row;
+    assert_eq!((row.base, row.base_len), (None, 0));
     assert!(contents(&disk) == flat, "{name}, flattened");
     drop(disk);
     let disk = Disk::open(pool, name).expect("opens");
@@ -339,10 +340,9 @@ fn a_fork_differs_in_the_blocks_that_it_has() {
     assert_eq!(found, [written]);
 }
 
-/// Zeros hide the base, whether they came at once or block by block, discarded or written, and after
-/// the next opening too.
+/// The snapshot still reads the base that the disk has no more.
 #[test]
-fn zeros_over_a_base_hide_it() {
+fn a_rollback_brings_the_base_back() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("base.raw");
     std::fs::write(&path, common::bytes(7, 4 * CLUSTER)).expect("an image");
@@ -352,17 +352,44 @@ fn zeros_over_a_base_hide_it() {
         ..NewDisk::empty("d", 4 * CLUSTER)
     };
     cowdisk::create(&pool, &new).expect("creates");
+    cowdisk::snapshot(&pool, "d", "s").expect("snapshots");
+    cowdisk::flatten(&pool, "d", &mut |_, _| Ok(())).expect("flattens");
+    cowdisk::rollback(&pool, "d@s").expect("rolls back");
+    let later = opened(&Arc::new(storage.crash_all_lost()));
+    for pool in [pool, later] {
+        let d = Disk::open(&pool, "d").expect("opens");
+        assert!(contents(&d) == common::bytes(7, 4 * CLUSTER));
+    }
+}
+
+/// Zeros hide the base, whether they came at once or block by block, discarded or written, and after
+/// the next opening too.
+#[test]
+fn zeros_over_a_base_hide_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    // Whole leaves of the map have a record of their own.
+    let leaves = 2 * 64 * CLUSTER;
+    let len = leaves + 4 * CLUSTER;
+    std::fs::write(&path, common::bytes(7, len)).expect("an image");
+    let (storage, pool) = fresh();
+    let new = NewDisk {
+        base: Some((path, BaseFormat::Raw)),
+        ..NewDisk::empty("d", len)
+    };
+    cowdisk::create(&pool, &new).expect("creates");
     let d = Disk::open(&pool, "d").expect("opens");
     d.discard(0, CLUSTER).expect("discards");
+    d.discard(4 * CLUSTER, leaves).expect("discards");
     d.write_zeroes(CLUSTER, CLUSTER, false).expect("zeroes");
     for block in 0..16 {
         d.discard(2 * CLUSTER + block * SUB, SUB).expect("discards");
         let at = 3 * CLUSTER + block * SUB;
         d.write_zeroes(at, SUB, false).expect("zeroes");
     }
-    assert!(contents(&d) == common::bytes(0, 4 * CLUSTER));
+    assert!(contents(&d) == common::bytes(0, len));
     d.flush().expect("flushes");
     let again = opened(&Arc::new(storage.crash_all_lost()));
     let d = Disk::open(&again, "d").expect("opens");
-    assert!(contents(&d) == common::bytes(0, 4 * CLUSTER));
+    assert!(contents(&d) == common::bytes(0, len));
 }

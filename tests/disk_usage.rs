@@ -127,3 +127,42 @@ fn what_is_not_reclaimable_is_data() {
         assert_eq!(usage.shared, 0);
     }
 }
+
+/// While a checkpoint image is written it holds the maps too; that makes nothing shared.
+#[test]
+fn a_map_that_is_being_looked_at_is_still_of_one_disk() {
+    let (_, pool) = fresh();
+    let d = disk(&pool, "d", DISK_LEN);
+    d.write_at(&common::bytes(1, 3 * CLUSTER), 0)
+        .expect("writes");
+    let usage = || of(&cowdisk::usage(&pool).expect("measures"), "d");
+    let before = usage();
+    assert_eq!((before.unique, before.shared), (3 * CLUSTER, 0));
+    let frozen = pool
+        .find("d")
+        .expect("there")
+        .volume
+        .map
+        .read()
+        .tree
+        .clone();
+    assert_eq!(usage(), before);
+    drop(frozen);
+}
+
+#[test]
+fn zeros_keep_nothing_beneath_them() {
+    let (_, pool) = fresh();
+    let parent = disk(&pool, "parent", CLUSTER);
+    parent
+        .write_at(&common::bytes(1, CLUSTER), 0)
+        .expect("writes");
+    drop(parent);
+    cowdisk::fork(&pool, "parent", &["fork".to_owned()]).expect("forks");
+    let fork = Disk::open(&pool, "fork").expect("there");
+    fork.write_at(&common::bytes(2, SUB), 0).expect("writes");
+    fork.write_zeroes(0, CLUSTER, false).expect("zeroes");
+    cowdisk::remove(&pool, "parent", false).expect("removes");
+    let usage = cowdisk::usage(&pool).expect("measures");
+    assert_eq!(usage.used, CLUSTER, "its own cluster, kept allocated");
+}

@@ -261,3 +261,37 @@ fn forks_share_their_maps_again() {
         assert_eq!(leaf(&one.tree), leaf(&other.tree), "{name}");
     }
 }
+
+#[test]
+fn clusters_in_a_row_are_one_line() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", LEN);
+    d.write_at(&bytes(1, 100 * CLUSTER), 20 * CLUSTER)
+        .expect("writes");
+    d.discard(170 * CLUSTER, CLUSTER).expect("discards");
+    drop(d);
+    pool.close().expect("closes");
+    let lines = dumped(&*storage);
+    let maps = lines.iter().filter(|line| line.contains(r#""kind":"map""#));
+    assert_eq!(maps.count(), 1, "{lines:?}");
+}
+
+/// A dump from which somebody took a disk: what is left of it is told.
+#[test]
+fn a_snapshot_without_its_disk_is_named() {
+    let (storage, pool) = fresh();
+    drop(disk(&pool, "a", LEN));
+    cowdisk::snapshot(&pool, "a", "s").expect("snapshots");
+    pool.close().expect("closes");
+    drop(pool);
+    let mut lines = dumped(&*storage);
+    let remarks = || check(&*storage).expect("reads").remarks;
+    assert_eq!(remarks(), [""; 0]);
+    lines.retain(|line| !line.contains(r#""name":"a""#));
+    restore(&storage, &lines).expect("restores");
+    let found = remarks();
+    assert!(
+        found.iter().any(|line| line.contains("`a@s` has no disk")),
+        "{found:?}"
+    );
+}

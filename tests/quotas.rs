@@ -339,3 +339,95 @@ fn a_reserve_is_found_and_made_in_one_step() {
     taker.join().expect("no panic");
     assert!(made > 0, "some were made");
 }
+
+/// Whoever takes a snapshot of temporary data wants to keep that.
+#[test]
+fn a_snapshot_of_an_ephemeral_disk_is_kept_and_so_are_its_forks() {
+    let (_storage, pool) = fresh();
+    let scratch = NewDisk {
+        is_ephemeral: true,
+        ..NewDisk::empty("scratch", LEN)
+    };
+    drop(create(&pool, &scratch));
+    cowdisk::snapshot(&pool, "scratch", "s").expect("snapshots");
+    cowdisk::fork(&pool, "scratch", &["other".to_owned()]).expect("forks");
+    cowdisk::fork(&pool, "scratch@s", &["kept".to_owned()]).expect("forks");
+    let is_ephemeral = |name| pool.find(name).expect("there").row.is_ephemeral;
+    let found = ["scratch", "other", "scratch@s", "kept"].map(is_ephemeral);
+    assert_eq!(found, [true, true, false, false]);
+}
+
+/// After a commit a child counts from there, and is owed its whole reserve again.
+#[test]
+fn a_commit_promises_no_space_that_is_not_there() {
+    let (_storage, pool) = fresh();
+    drop(create(&pool, &NewDisk::empty("parent", LEN)));
+    cowdisk::fork(&pool, "parent", &["child".to_owned()]).expect("forks");
+    let reserve = Settings {
+        reserve: Some(Some(100 * CLUSTER)),
+        ..Settings::default()
+    };
+    cowdisk::set(&pool, "child", &reserve).expect("there is space");
+    let child = Disk::open(&pool, "child").expect("opens");
+    for cluster in 0..100 {
+        child
+            .write_at(&bytes(1, SUB), cluster * CLUSTER)
+            .expect("it is reserved");
+    }
+    let before = pool.space.usage().reserved;
+    cowdisk::commit(&pool, "child").expect("commits");
+    assert_eq!(pool.space.usage().reserved, before + 100);
+    fill(&create(&pool, &NewDisk::empty("greedy", 2 * POOL_LEN)));
+    assert!(is_covered(&pool));
+    for cluster in 0..100 {
+        child
+            .write_at(&bytes(2, SUB), (100 + cluster) * CLUSTER)
+            .expect("it is reserved");
+    }
+}
+
+/// A fork begins without its origin's limit and reserve; what is set stays after opening again.
+#[test]
+fn settings_are_of_one_disk() {
+    let (storage, pool) = fresh();
+    let new = NewDisk {
+        limit: Some(10 * SUB),
+        reserve: Some(CLUSTER),
+        ..NewDisk::empty("d", LEN)
+    };
+    drop(create(&pool, &new));
+    cowdisk::fork(&pool, "d", &["fork".to_owned()]).expect("forks");
+    let settings = |pool: &Pool, name: &str| {
+        let row = pool.find(name).expect("there").row;
+        (row.limit, row.reserve, row.is_ephemeral)
+    };
+    assert_eq!(settings(&pool, "d"), (Some(10 * SUB), Some(CLUSTER), false));
+    assert_eq!(settings(&pool, "fork"), (None, None, false));
+    let other = Settings {
+        limit: Some(Some(20 * SUB)),
+        reserve: Some(None),
+        is_ephemeral: Some(true),
+    };
+    cowdisk::set(&pool, "fork", &other).expect("sets");
+    cowdisk::set(&pool, "fork", &Settings::default()).expect("leaves all as it is");
+    let later = opened(&Arc::new(storage.crash_all_lost()));
+    for pool in [&pool, &later] {
+        assert_eq!(settings(pool, "fork"), (Some(20 * SUB), None, true));
+    }
+}
+
+#[test]
+fn all_that_is_free_can_be_reserved_and_no_more() {
+    let (_storage, pool) = fresh();
+    drop(create(&pool, &NewDisk::empty("d", LEN)));
+    let most = u64::from(pool.space.reservable());
+    let set = |clusters: u64| {
+        let settings = Settings {
+            reserve: Some(Some(clusters * CLUSTER)),
+            ..Settings::default()
+        };
+        cowdisk::set(&pool, "d", &settings)
+    };
+    set(most + 1).expect_err("there is no more");
+    set(most).expect("it is free");
+}

@@ -326,6 +326,7 @@ fn decode_inner(cursor: &mut Cursor<'_>) -> Result<Token, FormatError> {
 #[cfg(test)]
 mod tests {
     use super::super::catalogue::tests::sample_row;
+    use super::super::catalogue::{BaseFormat, BaseRef};
     use super::*;
 
     fn tokens() -> Vec<Token> {
@@ -391,6 +392,54 @@ mod tests {
             2 + 2 * (3 + 16),
             "20 consecutive entries are one run"
         );
+    }
+
+    /// What the journal takes, an image must give back.
+    #[test]
+    fn the_longest_row_round_trips() {
+        let row = |len: usize| {
+            let mut row = sample_row(3);
+            row.base = Some(BaseRef {
+                path: "p".repeat(len),
+                format: BaseFormat::Raw,
+                dev: 1,
+                ino: 2,
+                file_len: 3,
+                mtime_ns: 4,
+                ctime_ns: 5,
+            });
+            row
+        };
+        let rest = row(0).to_json().expect("short").len();
+        let longest = row(ROW_LEN_MAX - rest);
+        let token = Token::Disk {
+            row: Box::new(longest),
+            root: None,
+            last_fork: Generation(1),
+            changed: Generation(2),
+        };
+        let mut bytes = Vec::new();
+        encode_token(&token, &mut bytes).expect("not longer");
+        assert_eq!(decode_all(&bytes), Ok(vec![token]));
+        row(ROW_LEN_MAX - rest + 1).to_json().expect_err("longer");
+    }
+
+    /// Clusters under others count up as well: this is how the bytes of every pool are read.
+    #[test]
+    fn a_run_counts_up_both_clusters() {
+        let mut entries = [Entry::default(); LEAF_ENTRIES];
+        for (n, entry) in (0..).zip(&mut entries) {
+            *entry = Entry {
+                own: 100 + n,
+                under: 500 + n,
+                alloc: 1,
+                ..Entry::default()
+            };
+        }
+        let mut leaf = Vec::new();
+        encode_leaf(&entries, &mut leaf);
+        assert_eq!(leaf.len(), 2 + 3 + 16, "one run");
+        assert_eq!(decode_all(&leaf), Ok(vec![Token::Leaf(Box::new(entries))]));
     }
 
     /// Their clusters would have numbers beyond 2^32, and come out as those of others.

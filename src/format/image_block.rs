@@ -191,6 +191,26 @@ mod tests {
     };
 
     #[test]
+    fn a_head_names_clusters_of_the_pool() {
+        let head = |start, count, next| {
+            let mut head = vec![0; 512];
+            seal_head(STAMP, next, &[Extent { start, count }], &mut head);
+            unseal_head(STAMP, 10, &head)
+        };
+        head(1, 9, 9).expect("to the last cluster");
+        for (start, count, next) in [
+            (0, 4, 9),
+            (4, 0, 9),
+            (4, 7, 9),
+            (10, 1, 9),
+            (4, u32::MAX, 9),
+            (1, 9, 10),
+        ] {
+            head(start, count, next).expect_err("not a cluster of data");
+        }
+    }
+
+    #[test]
     fn blocks_and_heads_notice_every_bit_fault() {
         let mut block = vec![0; 512];
         seal_block(STAMP, 5, b"tokens", &mut block);

@@ -14,7 +14,7 @@ use super::{
     Access, AlignedBuf, BLOCK, Caching, FileStorage, OpenError, SimStorage, Storage, Tier,
 };
 use crate::sync::spawn_named;
-use crate::sys::file as sys;
+use crate::sys::{clock, file as sys};
 
 /// Over twice the bounce buffer, and not a multiple of a page.
 const LEN: usize = (2 << 20) + 512 * 9;
@@ -375,8 +375,12 @@ impl Loop {
         Err("losetup named no device".to_owned())
     }
 
+    fn create_new(&self) -> FileStorage {
+        at_last(|| FileStorage::create_new(&self.device, DEVICE_LEN as u64)).unwrap()
+    }
+
     fn subject(&self, name: &'static str) -> Subject {
-        let store = FileStorage::create_new(&self.device, DEVICE_LEN as u64).unwrap();
+        let store = self.create_new();
         assert!(store.is_block_device());
         // A device keeps what it held, so a fresh start takes zeros; not by punch, which is
         // under test.
@@ -421,8 +425,26 @@ fn block_devices_conform() {
     }
 }
 
+/// Opens what this process has closed. A child that another test starts has a copy of every lock until
+/// it is another program.
+pub(super) fn at_last(
+    mut open: impl FnMut() -> Result<FileStorage, OpenError>,
+) -> Result<FileStorage, OpenError> {
+    let end = clock::now() + std::time::Duration::from_secs(30);
+    loop {
+        match open() {
+            Err(OpenError::Locked { pid, .. })
+                if pid != Some(std::process::id()) && clock::now() < end =>
+            {
+                std::thread::yield_now();
+            }
+            opened => return opened,
+        }
+    }
+}
+
 fn claimed_or_too_small_is_refused(device: &Loop) {
-    let first = FileStorage::create_new(&device.device, DEVICE_LEN as u64).unwrap();
+    let first = device.create_new();
     for refused in [
         FileStorage::open(&device.device, Access::ReadWrite),
         FileStorage::open(&device.device, Access::ReadOnly),
@@ -438,7 +460,8 @@ fn claimed_or_too_small_is_refused(device: &Loop) {
     assert!(refused.to_string().contains(&holder), "{refused}");
     drop(first);
     orphaned_claim_is_waited_for(device);
-    let beyond = FileStorage::create_new(&device.device, DEVICE_LEN as u64 + BLOCK).unwrap_err();
+    let beyond = DEVICE_LEN as u64 + BLOCK;
+    let beyond = at_last(|| FileStorage::create_new(&device.device, beyond)).unwrap_err();
     assert!(matches!(beyond, OpenError::Length { .. }), "{beyond}");
 }
 

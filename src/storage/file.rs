@@ -478,8 +478,8 @@ fn is_unsupported(result: &io::Result<()>) -> bool {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
-    use std::time::Duration;
 
+    use super::super::conformance::at_last;
     use super::*;
 
     fn dir() -> tempfile::TempDir {
@@ -495,20 +495,8 @@ mod tests {
         }
     }
 
-    /// Opens what was closed. A child that another test starts has a copy of every lock until it is
-    /// another program.
     fn open_again(path: &Path) -> FileStorage {
-        let end = crate::sys::clock::now() + Duration::from_secs(30);
-        loop {
-            match FileStorage::open(path, Access::ReadWrite) {
-                Err(OpenError::Locked { pid, .. })
-                    if pid != Some(std::process::id()) && crate::sys::clock::now() < end =>
-                {
-                    std::thread::yield_now();
-                }
-                opened => return opened.unwrap(),
-            }
-        }
+        at_last(|| FileStorage::open(path, Access::ReadWrite)).unwrap()
     }
 
     #[test]
