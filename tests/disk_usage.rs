@@ -12,6 +12,7 @@ use common::{CLUSTER, Random, SUB, disk, fresh};
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk, DiskUsage, ExtentKind, PoolUsage};
 use tidepool::pool::Pool;
+use tidepool::storage::Storage;
 
 const DISK_LEN: u64 = 64 * CLUSTER;
 
@@ -165,4 +166,25 @@ fn zeros_keep_nothing_beneath_them() {
     cowdisk::remove(&pool, "parent", false).expect("removes");
     let usage = cowdisk::usage(&pool).expect("measures");
     assert_eq!(usage.used, CLUSTER, "its own cluster, kept allocated");
+}
+
+/// Neither less than what was freed goes back to the host, nor a neighbour's data.
+#[test]
+fn what_was_freed_goes_back_to_the_host_and_nothing_else() {
+    let (storage, pool) = fresh();
+    let d = disk(&pool, "d", DISK_LEN);
+    let all = common::bytes(1, DISK_LEN);
+    d.write_at(&all, 0).expect("writes");
+    d.discard(10 * CLUSTER, 20 * CLUSTER).expect("discards");
+    d.flush().expect("flushes");
+    while pool.reap(usize::MAX) {}
+    let before = storage.allocated().expect("told");
+    assert_eq!(pool.punch_written(u32::MAX).expect("punches"), 20);
+    let after = storage.allocated().expect("told");
+    assert_eq!(before - after, 20 * CLUSTER);
+    let [first, last] = [(0, 10), (30, 34)].map(|(at, len)| {
+        let found = common::read(&d, at * CLUSTER, len * CLUSTER);
+        found == common::bytes(1, len * CLUSTER)
+    });
+    assert!(first && last);
 }

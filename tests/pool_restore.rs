@@ -295,3 +295,47 @@ fn a_snapshot_without_its_disk_is_named() {
         "{found:?}"
     );
 }
+
+/// Clusters in a row, each with another beneath it: one line, and both count up.
+#[test]
+fn a_row_of_clusters_over_another_comes_back() {
+    let (storage, pool) = fresh();
+    let a = disk(&pool, "a", LEN);
+    for n in 0..10 {
+        a.write_at(&bytes(10 + n, CLUSTER), u64::from(n) * CLUSTER)
+            .expect("writes");
+    }
+    cowdisk::fork(&pool, "a", &["b".to_owned()]).expect("forks");
+    let b = Disk::open(&pool, "b").expect("there");
+    for n in 0..10 {
+        b.write_at(&bytes(1, SUB), n * CLUSTER).expect("writes");
+    }
+    drop((a, b));
+    let before = contents(&pool);
+    pool.close().expect("closes");
+    drop(pool);
+    let lines = dumped(&*storage);
+    assert_eq!(of_disks(&lines).len(), 4, "two disks, a run each");
+    restore(&storage, &lines).expect("restores");
+    assert!(contents(&opened(&storage)) == before);
+}
+
+/// Of two superblocks, as a power cut between writing them leaves them, the newer counts.
+#[test]
+fn the_newer_superblock_of_a_dump_counts() {
+    let (storage, pool) = fresh();
+    pool.close().expect("closes");
+    drop(pool);
+    let older = dumped(&*storage).swap_remove(0);
+    let pool = opened(&storage);
+    pool.resize(2 * POOL_LEN).expect("grows");
+    pool.close().expect("closes");
+    drop(pool);
+    let lines = dumped(&*storage);
+    for at in [0, 1] {
+        let mut lines = lines.clone();
+        lines.insert(at, older.clone());
+        restore(&storage, &lines).expect("restores");
+        assert_eq!(opened(&storage).superblock().pool_len(), 2 * POOL_LEN);
+    }
+}
