@@ -3,6 +3,7 @@
 
 use super::check::{Report, check};
 use super::derive::{EntryFault, Mend, derive};
+use super::dump::ZEROS;
 use super::error::PoolError;
 use super::load::{Loaded, load, read_superblock, superblock_copies};
 use super::lost::{Lost, given_away, join};
@@ -17,8 +18,6 @@ use std::collections::BTreeSet;
 
 /// One fault may hide another; more often than this it is not worth going on.
 const ROUNDS_MAX: usize = 4;
-
-const ZEROS: Entry = super::dump::ZEROS;
 
 /// Told what is wrong, what is done about it, and what is lost by that.
 type Said<'a> = &'a mut dyn FnMut(String, Mend, Vec<Lost>);

@@ -15,8 +15,8 @@ mod repair;
 
 use common::{CLUSTER, POOL_LEN, Random, read};
 use planted::{
-    append, contents, copy, impossible_images, impossible_records, open_read_only,
-    patch_superblock, row, sample, superblock,
+    append, contents, copy, damaged, impossible_images, impossible_records, metadata_blocks,
+    open_read_only, patch_superblock, row, sample,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,30 +113,17 @@ fn foreign_and_random_files() {
 #[test]
 fn every_block_of_metadata_damaged() {
     let storage = sample();
-    let original = contents(&storage);
-    let superblock = superblock(&storage);
     let mut random = Random(3);
     let (mut opened, mut refused) = (0, 0);
-    let metadata = 0..superblock.metadata_end();
-    let in_image = |at: &u64| original[usize::try_from(*at).expect("small")..].starts_with(b"TPI");
-    let image = (metadata.end..POOL_LEN)
-        .step_by(usize::try_from(CLUSTER).expect("small"))
-        .filter(in_image);
-    for at in metadata.clone().step_by(4096).chain(image) {
-        let from = usize::try_from(at).expect("small");
-        let is_empty = original[from..from + 4096].iter().all(|byte| *byte == 0);
+    for (at, block) in metadata_blocks(&storage) {
+        let is_empty = block.iter().all(|byte| *byte == 0);
         if is_empty && random.below(50) != 0 {
             continue;
         }
         for way in 0..3 {
             let bad = copy(&storage);
-            let mut block = original[from..from + 4096].to_vec();
-            match way {
-                0 => block[usize::try_from(random.below(64)).expect("small")] ^= 1,
-                1 => block.fill(0),
-                _ => block.fill_with(|| random.next().to_le_bytes()[0]),
-            }
-            bad.write_durable_at(&block, at).expect("writes");
+            let damaged = damaged(&block, way, &mut random);
+            bad.write_durable_at(&damaged, at).expect("writes");
             match examine(&bad, &format!("block at {at}, way {way}")) {
                 Ok(()) => opened += 1,
                 Err(_) => refused += 1,

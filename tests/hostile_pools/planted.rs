@@ -1,6 +1,6 @@
 //! A small pool with everything in it, and the faults that can be planted in it.
 
-use super::common::{CLUSTER, POOL_LEN, SUB, bytes, disk, empty, opened};
+use super::common::{CLUSTER, POOL_LEN, Random, SUB, bytes, disk, empty, opened};
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk};
 use tidepool::format::catalogue::{Row, RowKind};
@@ -64,6 +64,33 @@ pub(crate) fn superblock(storage: &SimStorage) -> Superblock {
     let mut raw = vec![0; SUPERBLOCK_LEN];
     storage.read_at(&mut raw, 0).expect("reads");
     Superblock::decode(&raw).expect("intact")
+}
+
+/// All blocks of metadata, and the first one of each cluster of an image: where, and what is there.
+pub(crate) fn metadata_blocks(storage: &SimStorage) -> Vec<(u64, Vec<u8>)> {
+    let all = contents(storage);
+    let metadata_end = superblock(storage).metadata_end();
+    let block = |at: u64| {
+        let from = usize::try_from(at).expect("small");
+        (at, all[from..from + 4096].to_vec())
+    };
+    let metadata = (0..metadata_end).step_by(4096).map(block);
+    let clusters = (metadata_end..POOL_LEN).step_by(usize::try_from(CLUSTER).expect("small"));
+    let image = clusters
+        .map(block)
+        .filter(|(_, block)| block.starts_with(b"TPI"));
+    metadata.chain(image).collect()
+}
+
+/// A bit of the header flipped (way 0), all zeros (1), or noise (2).
+pub(crate) fn damaged(block: &[u8], way: u64, random: &mut Random) -> Vec<u8> {
+    let mut block = block.to_vec();
+    match way {
+        0 => block[usize::try_from(random.below(64)).expect("small")] ^= 1,
+        1 => block.fill(0),
+        _ => block.fill_with(|| random.next().to_le_bytes()[0]),
+    }
+    block
 }
 
 /// Writes both copies.

@@ -1,10 +1,10 @@
 //! A repair mends every fault that its check says it can, loses what the check named and nothing
 //! else, and leaves a pool that works; or it changes nothing.
 
-use super::common::{CLUSTER, POOL_LEN, Random, SUB, bytes, disk, opened, read};
+use super::common::{CLUSTER, Random, SUB, bytes, disk, opened, read};
 use super::planted::{
-    append, batches, contents, copy, impossible_images, impossible_records, open_read_only,
-    patch_superblock, sample, superblock,
+    append, batches, contents, copy, damaged, impossible_images, impossible_records,
+    metadata_blocks, open_read_only, patch_superblock, sample,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -155,33 +155,23 @@ fn images_that_cannot_be_are_left_alone() {
 #[test]
 fn damaged_blocks_are_mended_or_left_alone() {
     let storage = sample();
-    let original = contents(&storage);
-    let superblock = superblock(&storage);
     let mut random = Random(5);
     let (mut mended, mut refused) = (0, 0);
     let all = maps(&storage);
     let (last_at, last_len, ..) = *batches(&storage).last().expect("some batch");
     let last = last_at..last_at + last_len;
-    let in_image = |at: &u64| original[usize::try_from(*at).expect("small")..].starts_with(b"TPI");
-    let metadata_end = superblock.metadata_end();
-    let image = (metadata_end..POOL_LEN)
-        .step_by(usize::try_from(CLUSTER).expect("small"))
-        .filter(in_image);
-    let metadata = (0..metadata_end).step_by(4096);
-    for at in metadata.chain(image).chain(SUPERBLOCK_AT) {
-        let from = usize::try_from(at).expect("small");
-        let is_empty = original[from..from + 4096].iter().all(|byte| *byte == 0);
+    let blocks = metadata_blocks(&storage);
+    let is_superblock = |(at, _): &&(u64, Vec<u8>)| SUPERBLOCK_AT.contains(at);
+    for (at, block) in blocks.iter().chain(blocks.iter().filter(is_superblock)) {
+        let at = *at;
+        let is_empty = block.iter().all(|byte| *byte == 0);
         if is_empty && random.below(50) != 0 {
             continue;
         }
-        let mut block = original[from..from + 4096].to_vec();
-        match random.below(3) {
-            0 => block[usize::try_from(random.below(64)).expect("small")] ^= 1,
-            1 => block.fill(0),
-            _ => block.fill_with(|| random.next().to_le_bytes()[0]),
-        }
+        let way = random.below(3);
+        let damaged = damaged(block, way, &mut random);
         let bad = copy(&storage);
-        bad.write_durable_at(&block, at).expect("writes");
+        bad.write_durable_at(&damaged, at).expect("writes");
         let what = format!("block at {at}");
         // A torn last batch is taken for one that a crash cut off.
         let is_well = check(&*bad).expect("the store works").faults.is_empty();
