@@ -132,7 +132,7 @@ fn queues_forks_and_free_space(seed: u64) -> usize {
 #[test]
 fn queues_forks_and_free_space_go_together() {
     static READS: AtomicUsize = AtomicUsize::new(0);
-    explore("pool", 95, |seed| {
+    explore("pool", 90, |seed| {
         READS.fetch_add(queues_forks_and_free_space(seed), Ordering::Relaxed);
     });
     let reads = READS.load(Ordering::Relaxed);
@@ -165,5 +165,26 @@ fn a_reserve_is_found_and_made_in_one_step() {
         taker.join().expect("no panic");
         let usage = pool.space.usage();
         assert!(usage.clean + usage.written >= usage.reserved, "{usage:?}");
+    });
+}
+
+/// The last wait for the background thread, interrupted by requests that hurry it: without the lock
+/// its end falls between a look at it and the sleep after that, which nobody ends.
+#[test]
+fn the_background_ends_while_requests_hurry_it() {
+    explore("ending", 5, |_seed| {
+        clock::hold_still(Some(1_700_000_000));
+        let (_storage, pool) = fresh();
+        let background = pool.start_background().expect("a thread");
+        let hurrying = {
+            let pool = Arc::clone(&pool);
+            actor(move || (0..3).for_each(|_| pool.hurry()))
+        };
+        drop(background);
+        hurrying.join().expect("no panic");
+        assert!(
+            pool.start_background().is_ok(),
+            "the last one has not ended"
+        );
     });
 }
