@@ -4,8 +4,11 @@
 
 use super::log::{Record, Tag, hash};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 pub(crate) const SECTOR: u64 = 512;
+/// Bytes of a block in pools of clusters of 64 KiB: a discard zeros whole ones, and nothing else.
+const BLOCK: u64 = 4096;
 
 /// Contents a sector had at some time.
 #[derive(Debug, Clone)]
@@ -14,8 +17,6 @@ struct Version {
     /// Moments, in records; 0 is before everything.
     begun: u64,
     ended: Option<u64>,
-    /// A discard that has ended may still come back as what was there before, or in part.
-    is_hint: bool,
 }
 
 /// Sectors of one request.
@@ -69,11 +70,19 @@ impl Oracle {
                 let hashes = payload
                     .chunks_exact(8)
                     .map(|bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes")));
-                self.begin(record, hashes, false);
+                self.begin(number, record.offset, hashes);
             }
-            Tag::DiskZero | Tag::DiskDiscard => {
-                let zeros = std::iter::repeat_n(self.zero, index(record.len / SECTOR));
-                self.begin(record, zeros, record.tag == Tag::DiskDiscard);
+            Tag::DiskZero => self.begin_zeros(number, record.offset..record.offset + record.len),
+            Tag::DiskDiscard => {
+                let end = record.offset + record.len;
+                let is_disk_end = end == self.settled.len() as u64 * SECTOR;
+                let end = if is_disk_end {
+                    end
+                } else {
+                    end / BLOCK * BLOCK
+                };
+                let begin = record.offset.next_multiple_of(BLOCK).min(end);
+                self.begin_zeros(number, begin..end);
             }
             Tag::DiskFlush => {
                 self.flushes.insert(number, self.now);
@@ -96,8 +105,14 @@ impl Oracle {
         }
     }
 
-    fn begin(&mut self, record: &Record, hashes: impl Iterator<Item = u64>, is_hint: bool) {
-        let first = record.offset / SECTOR;
+    fn begin_zeros(&mut self, number: u64, range: Range<u64>) {
+        let count = (range.end - range.start) / SECTOR;
+        let zeros = std::iter::repeat_n(self.zero, index(count));
+        self.begin(number, range.start, zeros);
+    }
+
+    fn begin(&mut self, number: u64, offset: u64, hashes: impl Iterator<Item = u64>) {
+        let first = offset / SECTOR;
         let mut count = 0;
         for (sector, hash) in (first..).zip(hashes) {
             count += 1;
@@ -109,17 +124,15 @@ impl Oracle {
                     hash: self.settled[index(sector)],
                     begun: 0,
                     ended: Some(0),
-                    is_hint: false,
                 }]
             });
             versions.push(Version {
                 hash,
                 begun: self.now,
                 ended: None,
-                is_hint,
             });
         }
-        self.begun.insert(record.number, Span { first, count });
+        self.begun.insert(number, Span { first, count });
     }
 
     fn end(&mut self, number: u64) {
@@ -146,13 +159,13 @@ impl Oracle {
     fn settle(&mut self, asked: u64) {
         let settled = &mut self.settled;
         self.open.retain(|sector, versions| {
-            let saved = versions.iter().filter(|version| !version.is_hint);
-            let saved = saved.filter(|version| version.ended.is_some_and(|ended| ended < asked));
+            let is_saved = |version: &&Version| version.ended.is_some_and(|ended| ended < asked);
+            let saved = versions.iter().filter(is_saved);
             let newest = saved.map(|version| version.begun).max().unwrap_or(0);
             // what had ended before the newest saved version began is gone for good
             versions.retain(|version| version.ended.is_none_or(|ended| ended >= newest));
             match versions.as_slice() {
-                [only] if only.ended.is_some() && !only.is_hint => {
+                [only] if only.ended.is_some() => {
                     settled[index(*sector)] = only.hash;
                     false
                 }
