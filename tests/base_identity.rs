@@ -9,6 +9,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 use tidepool::cowdisk::{Base, DiskError};
 use tidepool::format::catalogue::BaseFormat;
 use tidepool::storage::{Access, FileStorage, Storage};
@@ -83,4 +84,42 @@ fn a_base_that_got_another_name_is_the_same_base() {
     let base = Base::open(&reference).expect("its contents are what they were");
     let again = Base::open(&reference).expect("it is open");
     assert!(Arc::ptr_eq(&base, &again), "disks share what they read");
+}
+
+/// File systems get another device number with each mount, or with each start of the machine.
+#[test]
+fn a_base_on_a_device_of_another_number_is_the_same_base() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    std::fs::write(&path, vec![7; 1 << 20]).expect("an image");
+    let mut reference = Base::examine(&path, BaseFormat::Raw).expect("a file");
+    let base = Base::open(&reference).expect("its contents are what they were");
+    reference.dev += 1;
+    let again = Base::open(&reference).expect("its contents are what they were");
+    assert!(Arc::ptr_eq(&base, &again), "disks share what they read");
+    drop((base, again));
+    Base::open(&reference).expect("its contents are what they were");
+}
+
+#[test]
+fn a_device_does_not_become_a_base() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("base.raw");
+    std::fs::write(&path, vec![7; 1 << 20]).expect("an image");
+    let losetup = |args: &[&std::ffi::OsStr]| Command::new("losetup").args(args).output();
+    let made = losetup(&["--find".as_ref(), "--show".as_ref(), path.as_os_str()]);
+    let Some(made) = made.ok().filter(|made| made.status.success()) else {
+        println!("SKIPPED: a_device_does_not_become_a_base: no loop device");
+        return;
+    };
+    let device = String::from_utf8(made.stdout).expect("a path");
+    let device = Path::new(device.trim());
+    let adopted = Base::adopt(device, BaseFormat::Raw);
+    let image = Base::examine(device, BaseFormat::Raw).and_then(|image| Base::open(&image));
+    let is_readable = image.is_ok();
+    drop(image);
+    losetup(&["--detach".as_ref(), device.as_os_str()]).expect("detaches");
+    let e = adopted.expect_err("a device").to_string();
+    assert!(e.contains("import it instead"), "{e}");
+    assert!(is_readable, "that is what an import does");
 }

@@ -58,6 +58,27 @@ impl Base {
         Ok(reference_to(text, format, &metadata))
     }
 
+    /// Opens `path` to become a base. What it holds, and what it is known by, is durable from here
+    /// on: written a moment ago, a power cut could take both back, and the disk with them.
+    ///
+    /// # Errors
+    /// As [`Base::open`], or it is a device: nothing tells whether that was written to meanwhile.
+    pub fn adopt(path: &Path, format: BaseFormat) -> Result<Arc<Base>, DiskError> {
+        let base = Self::open(&Self::examine(path, format)?)?;
+        let fault = |what: String| DiskError::Base {
+            path: base.reference.path.clone(),
+            what,
+        };
+        if base.file.is_block_device() {
+            let what = "a device cannot be a base, for nothing shows that it was changed; \
+                        import it instead";
+            return Err(fault(what.to_owned()));
+        }
+        let synced = base.file.sync_all();
+        synced.map_err(|e| fault(format!("it cannot be made durable: {e}")))?;
+        Ok(base)
+    }
+
     /// Opens the base `reference` names, or finds it open.
     ///
     /// # Errors
@@ -74,7 +95,7 @@ impl Base {
         let shared = open
             .iter()
             .filter_map(Weak::upgrade)
-            .find(|base| base.reference == *reference);
+            .find(|base| is_same(&base.reference, reference));
         if let Some(base) = shared {
             return Ok(base);
         }
@@ -189,14 +210,17 @@ fn reference_to(path: &str, format: BaseFormat, metadata: &Metadata) -> BaseRef 
     }
 }
 
+/// Whether both are one image with the same contents. Left out are what changes without them: the
+/// inode's own time, with every link to it, and the number of the device, which many file systems get
+/// anew each time they are mounted.
+pub(super) fn is_same(a: &BaseRef, b: &BaseRef) -> bool {
+    let identity = |of: &BaseRef| (of.ino, of.file_len, of.mtime_ns);
+    (&a.path, a.format) == (&b.path, b.format) && identity(a) == identity(b)
+}
+
 /// `Err` if a base is `now` something else than it was.
 fn check_same(was: &BaseRef, now: &BaseRef) -> Result<(), DiskError> {
-    // The inode's own time changes when links to it are made; contents are told by the rest.
-    let is_same = BaseRef {
-        ctime_ns: was.ctime_ns,
-        ..now.clone()
-    } == *was;
-    if is_same {
+    if is_same(was, now) {
         return Ok(());
     }
     Err(DiskError::Base {

@@ -5,7 +5,7 @@
 //! and a commit that was interrupted can be begun again. The base is not what it was then, though,
 //! and is refused until the commit is finished.
 
-use super::base::Base;
+use super::base::{Base, is_same};
 use super::disk::{Disk, Handle};
 use super::error::DiskError;
 use super::extents::ExtentKind;
@@ -48,13 +48,14 @@ pub fn commit_to_base(
     let file = FileStorage::open_image(path, Access::ReadWrite);
     let file = file.map_err(|e| fault(e.to_string()))?;
     check_identity(path, reference, may_differ)?;
+    // Open to the end, so that nobody else replaces what it holds.
     let disk = without_base(pool, &item);
     let written = write_out(&disk, &item.row, &file, progress)?;
-    let flushed = file.flush();
-    flushed.map_err(DiskError::io("flushing the base image"))?;
+    // What the base is known by from now on must be durable too: its time of last write.
+    let synced = file.sync_all();
+    synced.map_err(DiskError::io("flushing the base image"))?;
     let now = Base::examine(path, BaseFormat::Raw)?;
-    pool.flush()?;
-    empty(pool, &item, &now)?;
+    empty(pool, &item, reference, &now)?;
     Ok(written)
 }
 
@@ -72,10 +73,10 @@ fn check_base<'a>(pool: &Pool, item: &'a Item) -> Result<&'a BaseRef, DiskError>
             "the base of `{name}` is not raw, and cannot be written; export the disk instead"
         ));
     }
-    let is_same = |other: &BaseRef| (other.dev, other.ino) == (base.dev, base.ino);
+    let is_ours = |other: &BaseRef| is_one_file(other, base);
     let others = pool.items().into_iter().map(|other| other.row);
     let others: Vec<String> = others
-        .filter(|row| row.id != item.row.id && row.base.as_ref().is_some_and(is_same))
+        .filter(|row| row.id != item.row.id && row.base.as_ref().is_some_and(is_ours))
         .map(|row| row.name)
         .collect();
     if !others.is_empty() {
@@ -88,11 +89,16 @@ fn check_base<'a>(pool: &Pool, item: &'a Item) -> Result<&'a BaseRef, DiskError>
     Ok(base)
 }
 
+/// Whether both rows mean one file, under whatever names and however long ago.
+fn is_one_file(a: &BaseRef, b: &BaseRef) -> bool {
+    let identity = |of: &BaseRef| (of.ino, of.file_len, of.mtime_ns);
+    a.path == b.path || (a.dev, a.ino) == (b.dev, b.ino) || identity(a) == identity(b)
+}
+
 fn check_identity(path: &Path, was: &BaseRef, may_differ: bool) -> Result<(), DiskError> {
     let now = Base::examine(path, BaseFormat::Raw)?;
-    let is_file = (now.dev, now.ino) == (was.dev, was.ino);
-    let is_same = is_file && (now.file_len, now.mtime_ns) == (was.file_len, was.mtime_ns);
-    if is_same || (is_file && may_differ) {
+    let is_file = now.ino == was.ino;
+    if is_same(&now, was) || (is_file && may_differ) {
         return Ok(());
     }
     let what = match is_file {
@@ -120,10 +126,11 @@ fn without_base(pool: &Arc<Pool>, item: &Item) -> Disk {
     }))
 }
 
+/// Writes into `file`, the base, what the disk holds over it; durable on return.
 fn write_out(
     disk: &Disk,
     row: &Row,
-    file: &FileStorage,
+    file: &dyn Storage,
     progress: Progress<'_>,
 ) -> Result<u64, DiskError> {
     let writing = || DiskError::io("writing the base image");
@@ -165,25 +172,25 @@ fn write_out(
         at = end;
         progress(at, row.size)?;
     }
+    let flushed = file.flush();
+    flushed.map_err(DiskError::io("flushing the base image"))?;
     Ok(written)
 }
 
 /// Zeros are written only where something is.
-fn has_data(file: &FileStorage, at: u64, len: u64) -> Result<bool, DiskError> {
+fn has_data(file: &dyn Storage, at: u64, len: u64) -> Result<bool, DiskError> {
     let next = file.next_data(at);
     let next = next.map_err(DiskError::io("looking for data in the base image"))?;
     Ok(next.is_some_and(|(start, _)| start < at + len))
 }
 
-/// The disk holds nothing of its own any more, over the base as it is now. One batch.
-fn empty(pool: &Arc<Pool>, item: &Item, now: &BaseRef) -> Result<(), DiskError> {
+/// The disk holds nothing of its own any more, over the base that `was` and is `now`. One batch.
+fn empty(pool: &Arc<Pool>, item: &Item, was: &BaseRef, now: &BaseRef) -> Result<(), DiskError> {
     let name = &item.row.name;
     pool.transact(&[Arc::clone(&item.volume)], |transaction| {
         let item = pool.find(name)?;
-        let base = item.row.base.as_ref();
-        let is_same = base.is_some_and(|base| (base.dev, base.ino) == (now.dev, now.ino));
         // Ours is the only handle.
-        if !is_same || item.volume.opens.load(Ordering::SeqCst) != 1 {
+        if item.row.base.as_ref() != Some(was) || item.volume.opens.load(Ordering::SeqCst) != 1 {
             let name = name.clone();
             return Err(PoolError::InUse { name });
         }
@@ -207,4 +214,233 @@ fn empty(pool: &Arc<Pool>, item: &Item, now: &BaseRef) -> Result<(), DiskError> 
         put_row(transaction, &item, row)
     })?;
     Ok(())
+}
+
+/// Goal: a power cut or an error at any moment of a commit costs the disk nothing, and the commit
+/// can be begun again.
+///
+/// Method: pool and base are simulated devices that lose power together, at every operation of
+/// either, with any of their unflushed blocks. The disk is then read as its map says, its own parts
+/// from the pool and the others from the base, and must be what it was; the commit, begun again on
+/// what is left, must make the base what the disk was.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cowdisk::{self, NewDisk};
+    use crate::format::units::ClusterSize;
+    use crate::pool::{CreateOptions, OpenOptions, open};
+    use crate::storage::SimStorage;
+    use crate::storage::sim::{Harm, Moment};
+    use crate::sync::Mutex;
+
+    const CLUSTER: u64 = 16 << 10;
+    const BASE_LEN: u64 = 6 * CLUSTER;
+    const DISK_LEN: u64 = 8 * CLUSTER;
+    const POOL_LEN: u64 = 16 << 20;
+    const EIO: i32 = 5;
+    const ENOSPC: i32 = 28;
+
+    /// A pool with a disk over a base, and what the disk reads as.
+    struct Scene {
+        pool: Arc<SimStorage>,
+        base: Arc<SimStorage>,
+        expected: Vec<u8>,
+    }
+
+    fn open_pool(storage: &Arc<SimStorage>) -> Arc<Pool> {
+        let storage: Arc<dyn Storage> = Arc::clone(storage) as Arc<dyn Storage>;
+        Pool::open(storage, &OpenOptions::default()).expect("the pool opens")
+    }
+
+    /// The disk has all there is over its base: clusters of its own, in part and whole, zeros, and
+    /// data beyond the base's end.
+    fn scene() -> Scene {
+        let pool = Arc::new(SimStorage::new(POOL_LEN));
+        let options = CreateOptions {
+            cluster_size: ClusterSize::from_bytes(CLUSTER).expect("in range"),
+            ..CreateOptions::new(POOL_LEN)
+        };
+        open::create(&*pool, &options).expect("an empty pool");
+        let below: Vec<u8> = (1..=250).cycle().take(len_of(BASE_LEN)).collect();
+        let base = Arc::new(SimStorage::new(BASE_LEN));
+        base.write_at(&below, 0).expect("writes");
+        base.flush().expect("flushes");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), &below).expect("writes");
+        let opened = open_pool(&pool);
+        let new = NewDisk {
+            base: Some((file.path().to_owned(), BaseFormat::Raw)),
+            ..NewDisk::empty("d", DISK_LEN)
+        };
+        cowdisk::create(&opened, &new).expect("creates");
+        let disk = Disk::open(&opened, "d").expect("opens");
+        let mut expected = below;
+        expected.resize(len_of(DISK_LEN), 0);
+        for (from, len) in [
+            (0, 3072),
+            (CLUSTER, CLUSTER),
+            (4 * CLUSTER, 9216),
+            (7 * CLUSTER, 512),
+        ] {
+            let written = &mut expected[len_of(from)..len_of(from + len)];
+            written.fill(0xd0);
+            disk.write_at(written, from).expect("writes");
+        }
+        for (from, len) in [(2 * CLUSTER, CLUSTER), (5 * CLUSTER, 2048)] {
+            expected[len_of(from)..len_of(from + len)].fill(0);
+            disk.write_zeroes(from, len, true).expect("zeroes");
+        }
+        opened.close().expect("closes");
+        Scene {
+            pool,
+            base,
+            expected,
+        }
+    }
+
+    /// What the pool in `pool` says of the disk, over what is in `base`.
+    fn reads_as(pool: &Arc<SimStorage>, base: &SimStorage) -> Vec<u8> {
+        let pool = open_pool(pool);
+        let item = pool.find("d").expect("there");
+        let disk = without_base(&pool, &item);
+        let mut bytes = vec![0; len_of(disk.size())];
+        // Without its base the disk has holes where it reads that.
+        let below = &mut bytes[..len_of(item.row.base_len)];
+        base.read_at(below, 0).expect("reads");
+        for extent in disk.extents().expect("has a map") {
+            let part = &mut bytes[len_of(extent.offset)..len_of(extent.end())];
+            match extent.kind {
+                ExtentKind::Data(_) => disk.read_at(part, extent.offset).expect("reads"),
+                ExtentKind::Zero => part.fill(0),
+                ExtentKind::Hole | ExtentKind::Base => (),
+            }
+        }
+        bytes
+    }
+
+    /// As [`commit_to_base`], into `base`. The new identity is made up: there is no inode.
+    fn commit(pool: &Arc<Pool>, base: &SimStorage) -> Result<u64, DiskError> {
+        let item = writable(pool, "d")?;
+        let was = check_base(pool, &item)?;
+        let disk = without_base(pool, &item);
+        let written = write_out(&disk, &item.row, base, &mut |_, _| Ok(()))?;
+        let now = BaseRef {
+            file_len: base.len().expect("a simulated disk knows"),
+            mtime_ns: was.mtime_ns + 1,
+            ..was.clone()
+        };
+        empty(pool, &item, was, &now)?;
+        Ok(written)
+    }
+
+    /// Whatever was committed of it, the disk is what it was, and the rest can be committed.
+    fn check(pool: SimStorage, base: &SimStorage, expected: &[u8]) {
+        let pool = Arc::new(pool);
+        assert!(reads_as(&pool, base) == expected, "the disk is another");
+        let opened = open_pool(&pool);
+        commit(&opened, base).expect("is begun again");
+        let mut committed = vec![0; expected.len()];
+        let base = base.crash_all_lost();
+        base.read_at(&mut committed, 0).expect("reads");
+        assert!(committed == expected, "the base is not what the disk was");
+        let pool = Arc::new(pool.crash_all_lost());
+        assert!(reads_as(&pool, &base) == expected, "afterwards");
+    }
+
+    /// What a crash at `moment` can leave of a device: the extremes, and others.
+    fn images(moment: &Moment<'_>) -> Vec<SimStorage> {
+        let others = (0..3).map(|seed| moment.crash(seed));
+        let crashes = [moment.all_lost(), moment.all_kept()].into_iter();
+        let crashes = crashes.chain(others);
+        crashes.map(|crash| moment.image(&crash)).collect()
+    }
+
+    #[test]
+    fn a_file_is_one_under_another_name_or_device_number_or_with_other_contents() {
+        let base = BaseRef {
+            path: "/base".to_owned(),
+            format: BaseFormat::Raw,
+            dev: 1,
+            ino: 2,
+            file_len: 3,
+            mtime_ns: 4,
+            ctime_ns: 5,
+        };
+        let changed = |change: &dyn Fn(&mut BaseRef)| {
+            let mut other = base.clone();
+            change(&mut other);
+            other
+        };
+        let linked = changed(&|other| (other.path, other.mtime_ns) = ("/link".to_owned(), 6));
+        let moved = changed(&|other| (other.path, other.dev) = ("/moved".to_owned(), 6));
+        let written = changed(&|other| (other.dev, other.mtime_ns) = (6, 6));
+        for other in [&base, &linked, &moved, &written] {
+            assert!(is_one_file(&base, other), "{other:?}");
+        }
+        let another = changed(&|other| (other.path, other.ino) = ("/another".to_owned(), 6));
+        assert!(!is_one_file(&base, &another));
+    }
+
+    #[test]
+    fn a_commit_survives_a_power_cut_at_any_operation() {
+        let Scene {
+            pool,
+            base,
+            expected,
+        } = scene();
+        let opened = open_pool(&pool);
+        let pairs = Arc::new(Mutex::new(Vec::new()));
+        for (watched, other) in [(&pool, &base), (&base, &pool)] {
+            let (pairs, is_pool) = (Arc::clone(&pairs), Arc::ptr_eq(watched, &pool));
+            let other = Arc::clone(other);
+            watched.watch(Some(Box::new(move |moment| {
+                for (seed, image) in (0..).zip(images(moment)) {
+                    for other in [other.crash_all_lost(), other.crash(seed)] {
+                        pairs.lock().push(match is_pool {
+                            true => (image.kill(), other),
+                            false => (other, image.kill()),
+                        });
+                    }
+                }
+            })));
+        }
+        commit(&opened, &base).expect("commits");
+        pool.watch(None);
+        base.watch(None);
+        let mut pairs = std::mem::take(&mut *pairs.lock());
+        assert!(pairs.len() > 50, "{} crashes", pairs.len());
+        pairs.push((pool.crash_all_lost(), base.crash_all_lost()));
+        for (pool, base) in pairs {
+            check(pool, &base, &expected);
+        }
+    }
+
+    #[test]
+    fn a_commit_that_fails_anywhere_costs_nothing() {
+        let mut failed = 0;
+        for is_pool in [true, false] {
+            for harm in [Harm::Fails(EIO), Harm::Short(EIO), Harm::Fails(ENOSPC)] {
+                for skip in 0.. {
+                    let scene = scene();
+                    let opened = open_pool(&scene.pool);
+                    let harmed = if is_pool { &scene.pool } else { &scene.base };
+                    let before = harmed.counters().all();
+                    harmed.harm_any(skip, harm);
+                    let is_done = commit(&opened, &scene.base).is_ok();
+                    let was_hurt = harmed.counters().all() - before > skip;
+                    harmed.clear_faults();
+                    failed += u64::from(!is_done);
+                    let pool = [scene.pool.crash_all_lost(), scene.pool.crash(skip)];
+                    let base = [scene.base.crash_all_lost(), scene.base.crash(skip)];
+                    for (pool, base) in pool.into_iter().zip(base) {
+                        check(pool, &base, &scene.expected);
+                    }
+                    if !was_hurt {
+                        break;
+                    }
+                }
+            }
+        }
+        assert!(failed > 30, "{failed} commits failed");
+    }
 }

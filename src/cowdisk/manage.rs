@@ -57,15 +57,12 @@ impl NewDisk {
 /// the pool has no space for, or as [`Pool::flush`].
 pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
     check_name(&new.name, RowKind::Disk).map_err(PoolError::invalid)?;
-    let reference = new
+    let adopted = new
         .base
         .as_ref()
-        .map(|(path, format)| Base::examine(path, *format));
-    let base = reference.transpose()?;
-    let base_len = base
-        .as_ref()
-        .map(|base| Base::open(base).map(|base| base.disk_len()));
-    let base_len = base_len.transpose()?.unwrap_or(0);
+        .map(|(path, format)| Base::adopt(path, *format));
+    let base = adopted.transpose()?;
+    let base_len = base.as_ref().map_or(0, |base| base.disk_len());
     let size = new.size.unwrap_or(base_len).next_multiple_of(SECTOR);
     check_size(pool, size)?;
     pool.transact(&[], |transaction| {
@@ -80,7 +77,7 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
             size,
             created: unix_seconds(),
             birth_generation: Generation(0),
-            base: base.clone(),
+            base: base.as_ref().map(|base| base.reference().clone()),
             base_len: base_len.min(size),
             limit: new.limit,
             reserve: new.reserve,

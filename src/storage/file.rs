@@ -191,6 +191,19 @@ impl FileStorage {
         self.kind == sys::Kind::BlockDevice
     }
 
+    /// Makes everything durable that was written to the file, by whomever, and the time of the last
+    /// write with it, which [`Storage::flush`] leaves behind (`fsync(2)`).
+    ///
+    /// # Errors
+    /// What the file system said.
+    pub fn sync_all(&self) -> io::Result<()> {
+        match self.file.sync_all() {
+            // Nothing can be unsaved on a file system that is only read: some have no fsync.
+            Err(e) if is_read_only(&e) => Ok(()),
+            synced => synced,
+        }
+    }
+
     /// Checks that a range is inside the file.
     ///
     /// # Errors
@@ -341,6 +354,14 @@ fn bounce_len(len: usize, align: u64) -> usize {
 /// An alignment or an offset within one, as an index.
 fn narrow(bytes: u64) -> usize {
     usize::try_from(bytes).expect("alignments are at most 512")
+}
+
+/// What fsync(2) says on file systems that have nothing to save.
+fn is_read_only(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::InvalidInput | ErrorKind::ReadOnlyFilesystem
+    )
 }
 
 /// "No space" in every form the host says it.
