@@ -55,6 +55,8 @@ use tidepool::sys::clock;
 
 /// Images that the random histories and the sampled ones check together, if nothing else is said.
 const IMAGES: u64 = 60_000;
+/// A long run says how far it is after so many more.
+const NEWS: u64 = 1_000_000;
 
 fn number(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
@@ -103,7 +105,11 @@ fn on_all_cores(wanted: u64, body: fn(u64, &Arc<Mutex<Scene>>) -> bool, effort: 
                         break;
                     }
                     let images = scene.lock().counts.images;
-                    sweep.images.fetch_add(images - before, Ordering::Relaxed);
+                    let more = images - before;
+                    let all = sweep.images.fetch_add(more, Ordering::Relaxed);
+                    if all / NEWS != (all + more) / NEWS {
+                        println!("{} images so far", all + more);
+                    }
                     before = images;
                 }
                 sweep.total.lock().add(&scene.lock().counts);
