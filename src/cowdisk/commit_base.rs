@@ -14,6 +14,7 @@ use super::transfer::Progress;
 use crate::format::catalogue::{BaseFormat, BaseRef, Row};
 use crate::format::units::{Lcn, SECTOR, bytes_of, len_of};
 use crate::pool::catalogue::Item;
+use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError};
 use crate::storage::{Access, AlignedBuf, FileStorage, Storage};
 use crate::sync::Arc;
@@ -37,6 +38,7 @@ pub fn commit_to_base(
     progress: Progress<'_>,
 ) -> Result<u64, DiskError> {
     let item = writable(pool, name)?;
+    let _committing = Committing::begin(pool, &item)?;
     let reference = check_base(pool, &item)?;
     check_unused(&item)?;
     let fault = |what: String| DiskError::Base {
@@ -57,6 +59,29 @@ pub fn commit_to_base(
     let now = Base::examine(path, BaseFormat::Raw)?;
     empty(pool, &item, reference, &now)?;
     Ok(written)
+}
+
+/// While this exists the disk is not forked.
+struct Committing(Arc<Volume>);
+
+impl Committing {
+    /// Runs alone: a fork that is under way is in the catalogue before, or begins later and sees this.
+    fn begin(pool: &Pool, item: &Item) -> Result<Self, PoolError> {
+        pool.transact(&[], |_| {
+            let was_committing = item.volume.is_committing.swap(true, Ordering::SeqCst);
+            if was_committing {
+                let name = item.row.name.clone();
+                return Err(PoolError::InUse { name });
+            }
+            Ok(Self(Arc::clone(&item.volume)))
+        })
+    }
+}
+
+impl Drop for Committing {
+    fn drop(&mut self) {
+        self.0.is_committing.store(false, Ordering::SeqCst);
+    }
 }
 
 /// The raw base that only this disk has.
@@ -379,6 +404,37 @@ mod tests {
         }
         let another = changed(&|other| (other.path, other.ino) = ("/another".to_owned(), 6));
         assert!(!is_one_file(&base, &another));
+    }
+
+    #[test]
+    fn a_disk_that_is_being_committed_is_not_forked() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), [1; 4096]).expect("writes");
+        let pool = open_pool(&scene().pool);
+        let new = NewDisk {
+            base: Some((file.path().to_owned(), BaseFormat::Raw)),
+            ..NewDisk::empty("e", 4096)
+        };
+        cowdisk::create(&pool, &new).expect("creates");
+        let fork = || cowdisk::fork(&pool, "e", &["fork".to_owned()]);
+        let snapshot = || cowdisk::snapshot(&pool, "e", "s");
+        let mut refused = 0;
+        let mut progress = |_, _| {
+            for result in [fork(), snapshot()] {
+                let is_refused = matches!(result, Err(DiskError::Pool(PoolError::InUse { .. })));
+                refused += u32::from(is_refused);
+            }
+            Ok(())
+        };
+        commit_to_base(&pool, "e", false, &mut progress).expect("commits");
+        assert!(refused >= 2);
+        let forked = fork();
+        forked.expect("it is over");
+        let committed = commit_to_base(&pool, "e", false, &mut |_, _| Ok(()));
+        let e = committed
+            .expect_err("the fork has the base too")
+            .to_string();
+        assert!(e.contains("the base of fork too"), "{e}");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError};
 use crate::storage::unix_seconds;
 use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
 
 /// Most forks in one batch; more are made in several, each all or nothing.
 const FORKS_PER_BATCH: usize = 256;
@@ -24,7 +25,8 @@ const FORKS_PER_BATCH: usize = 256;
 /// are not seen by the forks.
 ///
 /// # Errors
-/// No such source, a name that is taken or impossible, or as [`Pool::flush`].
+/// No such source, it is being written into its base, a name that is taken or impossible, or as
+/// [`Pool::flush`].
 pub fn fork(pool: &Arc<Pool>, source: &str, targets: &[String]) -> Result<(), DiskError> {
     let row = pool.find(source)?.row;
     for part in targets.chunks(forks_per_batch(&row)) {
@@ -262,10 +264,11 @@ fn replace_by(
     Ok(())
 }
 
-/// The item `name` as it is now, if it is still the one that was drained.
+/// The item `name` as it is now, if it is still the one that was drained, and is not being written
+/// into its base.
 pub(super) fn same_item(pool: &Pool, name: &str, drained: &Item) -> Result<Item, PoolError> {
     let item = pool.find(name)?;
-    if item.row.id != drained.row.id {
+    if item.row.id != drained.row.id || item.volume.is_committing.load(Ordering::SeqCst) {
         return Err(PoolError::InUse {
             name: name.to_owned(),
         });

@@ -12,7 +12,7 @@ use super::woken::Woken;
 use crate::format::catalogue::Row;
 use crate::format::journal::{Entry, Record};
 use crate::format::units::{ClusterSize, DiskId, Generation, Lcn};
-use crate::sync::atomic::AtomicU32;
+use crate::sync::atomic::{AtomicBool, AtomicU32};
 use crate::sync::{RwLock, Shared};
 use std::collections::HashMap;
 use std::task::Waker;
@@ -28,6 +28,8 @@ pub struct Volume {
     pub map: RwLock<Map>,
     /// Handles that are open.
     pub opens: AtomicU32,
+    /// Its base is being changed into what it is: a fork would be left with a base that is neither.
+    pub is_committing: AtomicBool,
 }
 
 /// The map of a disk and all that changes with it.
@@ -102,6 +104,7 @@ impl Volume {
             gate: Gate::default(),
             map: RwLock::new(map),
             opens: AtomicU32::new(0),
+            is_committing: AtomicBool::new(false),
         };
         volume.map.write().set_limit(row.limit, size);
         volume
