@@ -24,6 +24,8 @@ pub(crate) enum Act {
     Resize(String, u64),
     Rename(String, String),
     Trim,
+    /// Gives the pool this many MiB.
+    Pool(u64),
     /// Fills a quarter of a journal half, so that images are written and halves change.
     Bulk,
     /// Closes the pool in good order and opens it again.
@@ -55,6 +57,7 @@ impl Act {
             | Act::Zero(..)
             | Act::Flush
             | Act::Trim
+            | Act::Pool(_)
             | Act::Bulk
             | Act::Crash(_)
             | Act::Kill => false,
@@ -80,6 +83,7 @@ impl fmt::Display for Act {
             Act::Resize(a, len) => write!(f, "resize {a} {len}"),
             Act::Rename(a, b) => write!(f, "rename {a} {b}"),
             Act::Trim => write!(f, "trim"),
+            Act::Pool(len) => write!(f, "pool {len}"),
             Act::Bulk => write!(f, "bulk"),
             Act::Close => write!(f, "close"),
             Act::Crash(seed) => write!(f, "crash {seed}"),
@@ -114,6 +118,7 @@ impl FromStr for Act {
             "resize" => Act::Resize(name(1), number(2)?),
             "rename" => Act::Rename(name(1), name(2)),
             "trim" => Act::Trim,
+            "pool" => Act::Pool(number(1)?),
             "bulk" => Act::Bulk,
             "close" => Act::Close,
             "crash" => Act::Crash(number(1)?),

@@ -10,6 +10,8 @@ fn s(name: &str) -> String {
 
 /// Clusters of the disks in short histories.
 pub(crate) const SHORT_CLUSTERS: u64 = 2;
+/// MiB of a pool at first, the fewest that there can be.
+const POOL_MIB: u64 = 16;
 /// Clusters of the disks in all others.
 pub(crate) const CLUSTERS: u64 = 6;
 
@@ -117,7 +119,10 @@ fn forks() -> Vec<Act> {
         Act::Flush,
         Act::Write(s("d"), 0, 190),
         Act::Trim,
+        Act::Pool(POOL_MIB + 2),
         Act::Write(s("b"), 0, 30),
+        Act::Pool(POOL_MIB),
+        Act::Write(s("b"), 20, 30),
         Act::Close,
     ]
 }
@@ -212,7 +217,7 @@ fn draw(random: &mut Random, model: &Model, n: usize, has_bulk: bool) -> Act {
         len = len.next_multiple_of(BLOCK).min(sectors - from);
     }
     let number = random.below(4);
-    match random.below(34) {
+    match random.below(35) {
         0..=7 => Act::Write(disk, from, len),
         8..=11 => Act::Begin(number, disk, from, len),
         12..=14 => Act::End(number),
@@ -229,7 +234,8 @@ fn draw(random: &mut Random, model: &Model, n: usize, has_bulk: bool) -> Act {
         30 => Act::Kill,
         31 => Act::Resize(disk, 1 + random.below(CLUSTERS * CLUSTER)),
         32 => Act::Trim,
-        33 if names.len() < 6 => Act::Create(format!("d{n}")),
+        33 => Act::Pool(POOL_MIB + random.below(4)),
+        34 if names.len() < 6 => Act::Create(format!("d{n}")),
         _ => Act::Close,
     }
 }

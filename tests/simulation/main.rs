@@ -24,7 +24,8 @@
 //!
 //! Broken on purpose, each was found: no data flush before the journal (`every_sequence`, by hand), a
 //! cluster claimed without asking its count (`every_sequence`), the last batch not written again at
-//! opening (`faults`), a discard that takes the cluster of a write in flight (`random_histories`).
+//! opening (`faults`), a discard that takes the cluster of a write in flight (`random_histories`), a
+//! pool that grows before its file has, or shrinks after (by hand).
 //!
 //! A failure prints its seed and the shortest history found that fails, as a line to repeat it:
 //! `TIDEPOOL_TRACE='create a; write a 0 5; ...'`. `TIDEPOOL_IMAGES` checks that many images,

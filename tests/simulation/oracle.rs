@@ -146,7 +146,13 @@ impl Model {
             Act::Remove(name) => self.disks.contains_key(name),
             Act::Resize(name, len) => disk(name).is_some() && *len > 0,
             Act::Rename(name, new) => disk(name).is_some() && is_free(new),
-            Act::Flush | Act::Trim | Act::Bulk | Act::Close | Act::Crash(_) | Act::Kill => true,
+            Act::Flush
+            | Act::Trim
+            | Act::Pool(_)
+            | Act::Bulk
+            | Act::Close
+            | Act::Crash(_)
+            | Act::Kill => true,
         }
     }
 
@@ -272,6 +278,8 @@ impl Model {
             | Act::Remove(_)
             | Act::Resize(..)
             | Act::Rename(..) => self.apply_structural(act),
+            // It flushes or not.
+            Act::Pool(_) => return,
             Act::Flush | Act::Trim | Act::Bulk | Act::Close => {}
         }
         self.all_durable();
@@ -356,6 +364,7 @@ impl Model {
             | Act::Zero(..)
             | Act::Flush
             | Act::Trim
+            | Act::Pool(_)
             | Act::Bulk
             | Act::Close
             | Act::Crash(_)

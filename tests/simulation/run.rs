@@ -6,7 +6,7 @@ use crate::oracle::{Model, SECTOR, fill};
 use std::collections::HashSet;
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk, DiskError, NewDisk, Pass, WritePlan};
-use tidepool::pool::{Pool, check};
+use tidepool::pool::{Pool, PoolErrorKind, check};
 use tidepool::storage::sim::Moment;
 use tidepool::storage::{SimStorage, Storage};
 use tidepool::sync::Mutex;
@@ -258,6 +258,11 @@ pub(crate) fn perform(pool: &Arc<Pool>, act: &Act, model: &Model) -> Result<(), 
         Act::Resize(name, len) => cowdisk::resize(pool, name, len * SECTOR, true),
         Act::Rename(name, new) => cowdisk::rename(pool, name, new),
         Act::Trim => Ok(pool.trim().map(|_| ())?),
+        Act::Pool(len) => match pool.resize(len << 20) {
+            // Something is in the way.
+            Err(e) if e.kind() == PoolErrorKind::Request => Ok(()),
+            resized => Ok(resized?),
+        },
         Act::Bulk => {
             let bulk = match open("bulk") {
                 Ok(bulk) => bulk,
