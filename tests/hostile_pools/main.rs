@@ -9,6 +9,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod interrupted;
 mod journals;
 mod planted;
 mod repair;
