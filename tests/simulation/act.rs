@@ -8,6 +8,8 @@ use std::str::FromStr;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Act {
     Create(String),
+    /// Makes a disk over the base image.
+    Over(String),
     Write(String, u64, u64),
     /// Sends a write to the device without completing it, under a number.
     Begin(u64, String, u64, u64),
@@ -20,6 +22,8 @@ pub(crate) enum Act {
     Snapshot(String, String),
     Rollback(String),
     Commit(String),
+    /// Copies in what the disk has from the base image.
+    Flatten(String),
     Remove(String),
     Resize(String, u64),
     Rename(String, String),
@@ -42,10 +46,12 @@ impl Act {
     pub(crate) fn is_structural(&self) -> bool {
         match self {
             Act::Create(_)
+            | Act::Over(_)
             | Act::Fork(..)
             | Act::Snapshot(..)
             | Act::Rollback(_)
             | Act::Commit(_)
+            | Act::Flatten(_)
             | Act::Remove(_)
             | Act::Resize(..)
             | Act::Rename(..)
@@ -69,6 +75,7 @@ impl fmt::Display for Act {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Act::Create(a) => write!(f, "create {a}"),
+            Act::Over(a) => write!(f, "over {a}"),
             Act::Write(a, at, len) => write!(f, "write {a} {at} {len}"),
             Act::Begin(n, a, at, len) => write!(f, "begin {n} {a} {at} {len}"),
             Act::End(n) => write!(f, "end {n}"),
@@ -79,6 +86,7 @@ impl fmt::Display for Act {
             Act::Snapshot(a, b) => write!(f, "snapshot {a} {b}"),
             Act::Rollback(a) => write!(f, "rollback {a}"),
             Act::Commit(a) => write!(f, "commit {a}"),
+            Act::Flatten(a) => write!(f, "flatten {a}"),
             Act::Remove(a) => write!(f, "remove {a}"),
             Act::Resize(a, len) => write!(f, "resize {a} {len}"),
             Act::Rename(a, b) => write!(f, "rename {a} {b}"),
@@ -104,6 +112,7 @@ impl FromStr for Act {
         };
         Ok(match name(0).as_str() {
             "create" => Act::Create(name(1)),
+            "over" => Act::Over(name(1)),
             "write" => Act::Write(name(1), number(2)?, number(3)?),
             "begin" => Act::Begin(number(1)?, name(2), number(3)?, number(4)?),
             "end" => Act::End(number(1)?),
@@ -114,6 +123,7 @@ impl FromStr for Act {
             "snapshot" => Act::Snapshot(name(1), name(2)),
             "rollback" => Act::Rollback(name(1)),
             "commit" => Act::Commit(name(1)),
+            "flatten" => Act::Flatten(name(1)),
             "remove" => Act::Remove(name(1)),
             "resize" => Act::Resize(name(1), number(2)?),
             "rename" => Act::Rename(name(1), name(2)),

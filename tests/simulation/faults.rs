@@ -6,7 +6,9 @@ use crate::act::{Act, to_trace};
 use crate::common;
 use crate::histories;
 use crate::oracle::Model;
-use crate::run::{Effort, Scene, Start, World, check_image, open_and_compare, perform};
+use crate::perform::{home_in_base, perform};
+use crate::run::{Start, World};
+use crate::scene::{Effort, Scene, check_image, open_and_compare};
 use std::sync::Arc;
 use tidepool::cowdisk::Disk;
 use tidepool::storage::sim::{Harm, Op};
@@ -256,8 +258,9 @@ fn shows_nothing_foreign(image: SimStorage, homes: &[u64]) -> Result<bool, Strin
         for (n, sector) in (0..).zip(bytes.chunks_exact(512)) {
             let value = u64::from_le_bytes(*sector.first_chunk().expect("8 bytes"));
             let is_whole = sector == crate::oracle::fill(value);
-            let home = usize::try_from(value).ok().and_then(|v| homes.get(v));
-            if !is_whole || (value != 0 && home != Some(&n)) {
+            let home = || Some(*homes.get(usize::try_from(value).ok()?)?);
+            let home = home_in_base(value).or_else(home);
+            if !is_whole || (value != 0 && home != Some(n)) {
                 return Err(format!(
                     "{name} sector {n} holds {value} of sector {home:?}"
                 ));

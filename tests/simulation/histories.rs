@@ -15,12 +15,12 @@ const POOL_MIB: u64 = 16;
 /// Clusters of the disks in all others.
 pub(crate) const CLUSTERS: u64 = 6;
 
-/// What short histories begin with: two empty disks; or a disk with a snapshot and a fork, all of
-/// which differ, in whole clusters and in parts of them.
+/// What short histories begin with: two empty disks; or a disk over a base with a snapshot and a fork,
+/// all of which differ, in whole clusters and in parts of them.
 pub(crate) fn beginnings() -> [Vec<Act>; 2] {
     let empty = vec![Act::Create(s("a")), Act::Create(s("b"))];
     let family = vec![
-        Act::Create(s("a")),
+        Act::Over(s("a")),
         Act::Write(s("a"), 0, CLUSTER + 4 * BLOCK),
         Act::Snapshot(s("a"), s("s")),
         Act::Write(s("a"), 2 * BLOCK, BLOCK),
@@ -205,8 +205,12 @@ fn draw(random: &mut Random, model: &Model, n: usize, has_bulk: bool) -> Act {
         let chosen = names.get(crate::oracle::at(random.below(count)));
         chosen.map(|name| (**name).clone())
     };
+    let create = |random: &mut Random| match random.below(2) {
+        0 => Act::Create(format!("d{n}")),
+        _ => Act::Over(format!("d{n}")),
+    };
     let Some(disk) = pick(random, false) else {
-        return Act::Create(format!("d{n}"));
+        return create(random);
     };
     let sectors = model.disks[&disk].now.len() as u64;
     let most = [2, 9, 40, 200][crate::oracle::at(random.below(4))];
@@ -217,7 +221,7 @@ fn draw(random: &mut Random, model: &Model, n: usize, has_bulk: bool) -> Act {
         len = len.next_multiple_of(BLOCK).min(sectors - from);
     }
     let number = random.below(4);
-    match random.below(35) {
+    match random.below(36) {
         0..=7 => Act::Write(disk, from, len),
         8..=11 => Act::Begin(number, disk, from, len),
         12..=14 => Act::End(number),
@@ -235,7 +239,8 @@ fn draw(random: &mut Random, model: &Model, n: usize, has_bulk: bool) -> Act {
         31 => Act::Resize(disk, 1 + random.below(CLUSTERS * CLUSTER)),
         32 => Act::Trim,
         33 => Act::Pool(POOL_MIB + random.below(4)),
-        34 if names.len() < 6 => Act::Create(format!("d{n}")),
+        34 => Act::Flatten(disk),
+        35 if names.len() < 6 => create(random),
         _ => Act::Close,
     }
 }

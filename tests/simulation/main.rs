@@ -25,7 +25,8 @@
 //! Broken on purpose, each was found: no data flush before the journal (`every_sequence`, by hand), a
 //! cluster claimed without asking its count (`every_sequence`), the last batch not written again at
 //! opening (`faults`), a discard that takes the cluster of a write in flight (`random_histories`), a
-//! pool that grows before its file has, or shrinks after (by hand).
+//! pool that grows before its file has, or shrinks after (by hand), a rollback that keeps the disk's own
+//! bound of its base (`random_histories`).
 //!
 //! A failure prints its seed and the shortest history found that fails, as a line to repeat it:
 //! `TIDEPOOL_TRACE='create a; write a 0 5; ...'`. `TIDEPOOL_IMAGES` checks that many images,
@@ -43,12 +44,15 @@ mod act;
 mod faults;
 mod histories;
 mod oracle;
+mod perform;
 mod run;
+mod scene;
 mod shrink;
 
 use act::{Act, from_trace, to_trace};
 use histories::{CLUSTERS, SHORT_CLUSTERS};
-use run::{Counts, Effort, Scene, Start};
+use run::Start;
+use scene::{Counts, Effort, Scene};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tidepool::sync::{Mutex, spawn_named};

@@ -2,6 +2,7 @@
 //! after a crash.
 
 use crate::act::Act;
+use crate::perform::base_values;
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -35,9 +36,22 @@ pub(crate) struct Flat {
     parent: Option<String>,
     /// The parent has not changed since the fork: a commit is possible.
     can_commit: bool,
+    /// Some of it may come from the base image.
+    has_base: bool,
 }
 
 impl Flat {
+    /// A new disk.
+    fn new(now: Vec<Value>, has_base: bool) -> Self {
+        Self {
+            now,
+            past: BTreeMap::new(),
+            parent: None,
+            can_commit: false,
+            has_base,
+        }
+    }
+
     fn set(&mut self, sector: usize, value: Value) {
         let old = std::mem::replace(&mut self.now[sector], value);
         let past = self.past.entry(sector).or_default();
@@ -124,7 +138,7 @@ impl Model {
         };
         let is_free = |name: &str| !self.disks.contains_key(name);
         match act {
-            Act::Create(name) => is_free(name),
+            Act::Create(name) | Act::Over(name) => is_free(name),
             Act::Write(name, from, len) => {
                 fits(name, *from, *len) && !self.overlaps(name, *from, *len)
             }
@@ -143,6 +157,7 @@ impl Model {
                 let parent = flat.parent.as_deref();
                 flat.can_commit && parent.is_some_and(|parent| disk(parent).is_some())
             }),
+            Act::Flatten(name) => disk(name).is_some_and(|flat| flat.has_base),
             Act::Remove(name) => self.disks.contains_key(name),
             Act::Resize(name, len) => disk(name).is_some() && *len > 0,
             Act::Rename(name, new) => disk(name).is_some() && is_free(new),
@@ -210,6 +225,23 @@ impl Model {
         self.disks.insert(to.to_owned(), flat);
     }
 
+    fn begin(&mut self, number: u64, name: &str, from: u64, len: u64) {
+        let values = self.values(len);
+        self.next += len;
+        let flat = self.disks.get_mut(name).expect("it is there");
+        for (n, value) in values.iter().enumerate() {
+            flat.past.entry(at(from) + n).or_default().push(*value);
+        }
+        self.changed(name);
+        self.pending.push(Pending {
+            number,
+            name: name.to_owned(),
+            from: at(from),
+            values,
+            is_clouded: false,
+        });
+    }
+
     /// The state after `act`; structural ones wait for what is in flight.
     pub(crate) fn apply(&mut self, act: &Act) {
         if act.is_structural() {
@@ -225,22 +257,7 @@ impl Model {
                 return;
             }
             Act::Begin(number, name, from, len) => {
-                let values = self.values(*len);
-                self.next += len;
-                let flat = self.disks.get_mut(name).expect("it is there");
-                for (n, value) in values.iter().enumerate() {
-                    flat.past.entry(at(*from) + n).or_default().push(*value);
-                }
-                let (number, name, from) = (*number, name.clone(), at(*from));
-                let is_clouded = false;
-                self.changed(&name);
-                self.pending.push(Pending {
-                    number,
-                    name,
-                    from,
-                    values,
-                    is_clouded,
-                });
+                self.begin(*number, name, *from, *len);
                 return;
             }
             Act::End(number) => {
@@ -271,10 +288,12 @@ impl Model {
                 return;
             }
             Act::Create(_)
+            | Act::Over(_)
             | Act::Fork(..)
             | Act::Snapshot(..)
             | Act::Rollback(_)
             | Act::Commit(_)
+            | Act::Flatten(_)
             | Act::Remove(_)
             | Act::Resize(..)
             | Act::Rename(..) => self.apply_structural(act),
@@ -302,12 +321,7 @@ impl Model {
     /// This with a new, empty disk, and nothing else forgotten.
     pub(crate) fn with_empty(&self, name: &str) -> Self {
         let mut with = self.clone();
-        let flat = Flat {
-            now: vec![0; self.sectors],
-            past: BTreeMap::new(),
-            parent: None,
-            can_commit: false,
-        };
+        let flat = Flat::new(vec![0; self.sectors], false);
         with.disks.insert(name.to_owned(), flat);
         with
     }
@@ -315,13 +329,17 @@ impl Model {
     fn apply_structural(&mut self, act: &Act) {
         match act {
             Act::Create(name) => {
-                let flat = Flat {
-                    now: vec![0; self.sectors],
-                    past: BTreeMap::new(),
-                    parent: None,
-                    can_commit: false,
-                };
+                let flat = Flat::new(vec![0; self.sectors], false);
                 self.disks.insert(name.clone(), flat);
+            }
+            Act::Over(name) => {
+                let mut now = base_values();
+                now.resize(self.sectors, 0);
+                self.disks.insert(name.clone(), Flat::new(now, true));
+            }
+            Act::Flatten(name) => {
+                self.disks.get_mut(name).expect("it is there").has_base = false;
+                self.changed(name);
             }
             Act::Fork(from, to) => {
                 let parent = (!from.contains('@')).then(|| from.clone());
