@@ -214,8 +214,12 @@ fn reference_to(path: &str, format: BaseFormat, metadata: &Metadata) -> BaseRef 
 /// inode's own time, with every link to it, and the number of the device, which many file systems get
 /// anew each time they are mounted.
 pub(super) fn is_same(a: &BaseRef, b: &BaseRef) -> bool {
-    let identity = |of: &BaseRef| (of.ino, of.file_len, of.mtime_ns);
     (&a.path, a.format) == (&b.path, b.format) && identity(a) == identity(b)
+}
+
+/// What tells an image from others on its file system, and from itself with other contents.
+pub(super) fn identity(of: &BaseRef) -> (u64, u64, i64) {
+    (of.ino, of.file_len, of.mtime_ns)
 }
 
 /// `Err` if a base is `now` something else than it was.
