@@ -161,7 +161,7 @@ fn slot(epoch: u64) -> usize {
 }
 
 // loom has no way to ask whether a thread is over.
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::*;
     use crate::sync::spawn_named;

@@ -2,28 +2,28 @@
 //! them. Locks do not poison: a panic while one is held is a bug that ends the process's use of
 //! the pool, not a state to recover from.
 //!
-//! Built with `--cfg loom` or `--cfg shuttle`, what is here is loom's or shuttle's behind the same
+//! Built with the feature `loom` or `shuttle`, what is here is loom's or shuttle's behind the same
 //! names, and works only inside of their runs: every use of it is a place where
 //! the checker may let another thread go on. `Arc` and `OnceLock` stay those of the standard library,
 //! as they do in shuttle: their own insides are trusted, and what they guard is seen by the uses
 //! around them. Where it matters who lets go last, `Shared` is an `Arc` whose ends
 //! are seen. [`global`] is never modelled.
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 pub(crate) mod explore;
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 mod modelled;
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 mod real;
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 mod shared;
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 pub use modelled::*;
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub use real::*;
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 pub use shared::Shared;
 pub use std::sync::{Arc, OnceLock, Weak};
 
@@ -35,4 +35,4 @@ pub mod global {
 }
 
 /// Whether a model checker runs this: tables are made small then, for each run makes them anew.
-pub const IS_MODELLED: bool = cfg!(any(loom, shuttle));
+pub const IS_MODELLED: bool = cfg!(any(feature = "loom", feature = "shuttle"));

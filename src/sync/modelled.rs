@@ -1,8 +1,8 @@
 //! Those of a model checker, with the faces of the real ones.
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 use loom as checker;
-#[cfg(all(shuttle, not(loom)))]
+#[cfg(all(feature = "shuttle", not(feature = "loom")))]
 use shuttle as checker;
 
 use checker::sync as inner;
@@ -191,12 +191,12 @@ pub mod atomic {
 
     /// Where another thread may go on before an access that is sequentially consistent.
     #[derive(Default)]
-    struct Door(#[cfg(loom)] inner::AtomicU32);
+    struct Door(#[cfg(feature = "loom")] inner::AtomicU32);
 
     impl Door {
         /// What loom needs before an access.
         fn pass(&self, with: Ordering) -> Ordering {
-            #[cfg(loom)]
+            #[cfg(feature = "loom")]
             if with == Ordering::SeqCst {
                 self.0.fetch_add(1, Ordering::Relaxed);
                 fence(with);
@@ -233,7 +233,7 @@ pub mod atomic {
                 /// As that of the standard library.
                 pub fn store(&self, value: $value, with: Ordering) {
                     let with = self.1.pass(with);
-                    if cfg!(loom) {
+                    if cfg!(feature = "loom") {
                         self.0.swap(value, store_order(with));
                     } else {
                         self.0.store(value, with);
@@ -281,9 +281,9 @@ pub mod atomic {
 
     impl AtomicU32 {
         pub(super) fn with_mut(&mut self, change: impl FnOnce(&mut u32)) {
-            #[cfg(loom)]
+            #[cfg(feature = "loom")]
             self.0.with_mut(change);
-            #[cfg(not(loom))]
+            #[cfg(not(feature = "loom"))]
             change(self.0.get_mut());
         }
     }

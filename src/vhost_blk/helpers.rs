@@ -248,7 +248,7 @@ impl Drop for Flusher {
     }
 }
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_tests {
     use super::*;
     use crate::sync::explore::explore;

@@ -146,7 +146,7 @@ impl Wake for Mailbox {
     }
 }
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_tests {
     use super::*;
     use crate::sync::explore::explore;

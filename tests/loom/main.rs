@@ -6,11 +6,11 @@
 //! makes it fail; `scripts/concurrency-mutants` makes those changes and expects the failures.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg loom" cargo test --profile sweep --test loom -- --test-threads 1
+//! cargo test --features loom --profile sweep --test loom -- --test-threads 1
 //! LOOM_MAX_PREEMPTIONS=4      more than a test's own number
 //! ```
 
-#![cfg(loom)]
+#![cfg(feature = "loom")]
 
 mod counts;
 mod entries;

@@ -7,12 +7,12 @@
 //! ones let one thread run ahead and interrupt it in few places, in several runs each.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg shuttle" cargo test --profile sweep --test shuttle
+//! cargo test --features shuttle --profile sweep --test shuttle
 //! TIDEPOOL_SECONDS=600        for longer
 //! TIDEPOOL_SEED=123           what that seed does, again and step by step
 //! ```
 
-#![cfg(shuttle)]
+#![cfg(feature = "shuttle")]
 
 #[path = "../common/mod.rs"]
 mod common;
