@@ -282,7 +282,9 @@ mod loom_tests {
             assert_eq!(back.pop(), Some(1));
             channel.push(2);
             channel.close();
-            takers.map(|taker| taker.join().expect("no panic"));
+            for taker in takers {
+                taker.join().expect("no panic");
+            }
             back.close();
             assert_eq!(back.pop(), Some(2));
             assert_eq!(back.pop(), None);
