@@ -34,7 +34,17 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("ours are UTF-8")
 }
 
-/// A machine's file system.
+/// The file system in a file, after so many power cuts.
+fn image_in(dir: &tempfile::TempDir, cuts: u32) -> PathBuf {
+    dir.path().join(format!("image{cuts}"))
+}
+
+fn mount(kind: &str, image: &Path, at: &Path) -> Result<(), String> {
+    let args = ["-t", kind, "-o", "loop", text(image), text(at)];
+    run("mount", &args)
+}
+
+/// A machine's file system, mounted.
 struct Host {
     dir: tempfile::TempDir,
     kind: &'static str,
@@ -44,38 +54,28 @@ struct Host {
 impl Host {
     fn new(kind: &'static str) -> Result<Self, String> {
         let dir = tempfile::tempdir_in("/var/tmp").map_err(|e| e.to_string())?;
-        let cuts = 0;
-        let host = Self { dir, kind, cuts };
-        let image = host.image();
+        let (image, at) = (image_in(&dir, 0), dir.path().join("mnt"));
         run("truncate", &["-s", "320M", text(&image)])?;
         let force = if kind == "ext4" { "-F" } else { "-f" };
         run(&format!("mkfs.{kind}"), &["-q", force, text(&image)])?;
-        std::fs::create_dir(host.at()).map_err(|e| e.to_string())?;
-        host.mount()?;
-        Ok(host)
-    }
-
-    fn image(&self) -> PathBuf {
-        self.dir.path().join(format!("image{}", self.cuts))
+        std::fs::create_dir(&at).map_err(|e| e.to_string())?;
+        mount(kind, &image, &at)?;
+        let cuts = 0;
+        Ok(Self { dir, kind, cuts })
     }
 
     fn at(&self) -> PathBuf {
         self.dir.path().join("mnt")
     }
 
-    fn mount(&self) -> Result<(), String> {
-        let (image, at) = (self.image(), self.at());
-        let args = ["-t", self.kind, "-o", "loop", text(&image), text(&at)];
-        run("mount", &args)
-    }
-
     /// Loses power, and starts again.
     fn cut_power(&mut self) {
-        let before = self.image();
+        let before = image_in(&self.dir, self.cuts);
         self.cuts += 1;
-        run("cp", &[text(&before), text(&self.image())]).expect("copies");
+        let after = image_in(&self.dir, self.cuts);
+        run("cp", &[text(&before), text(&after)]).expect("copies");
         run("umount", &[text(&self.at())]).expect("nobody uses it");
-        self.mount().expect("recovers");
+        mount(self.kind, &after, &self.at()).expect("recovers");
     }
 }
 
