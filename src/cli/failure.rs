@@ -148,7 +148,7 @@ impl Failure {
         };
         let failure = Self::new(kind, "", error);
         match kind {
-            "exists" => failure.hint("choose another name, or remove it first"),
+            "exists" => failure.hint("choose another name"),
             "locked" => failure.hint("stop what has it open, and try again"),
             _ => failure,
         }

@@ -14,6 +14,7 @@ mod disk;
 mod failure;
 mod human;
 mod interrupt;
+mod natural;
 mod open;
 mod output;
 mod pool;
@@ -58,7 +59,7 @@ Examples:
   tidepool disk tree vms.pool
 
 A pool is a file or block device. A disk in it is POOL:NAME, a snapshot POOL:NAME@SNAPSHOT.
-Sizes take K, M, G and T, powers of 1024. Exit status: 0 success, 1 failure, 2 usage.";
+Sizes take K, M, G, T, P and E, powers of 1024. Exit status: 0 success, 1 failure, 2 usage.";
 
 #[derive(Debug, Subcommand)]
 enum Command {

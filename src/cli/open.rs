@@ -1,7 +1,8 @@
 //! Opening pools for a command, and saying who is in the way if that fails.
 
 use super::failure::Failure;
-use crate::format::superblock::OWNER_NOTE_AT;
+use crate::format::FormatError;
+use crate::format::superblock::{OWNER_NOTE_AT, SUPERBLOCK_LEN, Superblock};
 use crate::pool::open::parse_owner_note;
 use crate::pool::{OpenOptions, Pool, Return};
 use crate::storage::{Access, FileStorage, OpenError, Storage};
@@ -95,14 +96,49 @@ pub(super) fn refusal(path: &Path, error: &OpenError) -> Failure {
             };
             Failure::new("locked", shown, what).hint(hint)
         }
-        OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-            Failure::new("not_found", &shown, "there is no such pool").hint(format!(
-                "`tidepool pool create {shown} --size 100G` makes one"
-            ))
-        }
+        OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => missing(path),
         OpenError::NotAStore { .. } => Failure::new("not_a_pool", "", error)
             .hint("`tidepool pool ls DIR` finds the pools in a directory"),
         OpenError::Length { .. } | OpenError::Io { .. } => Failure::file(error),
+    }
+}
+
+/// There is no pool at `path`: what may have been meant.
+fn missing(path: &Path) -> Failure {
+    let shown = path.display();
+    let failure = Failure::new("not_found", &shown, "there is no such pool");
+    let text = path.as_os_str().to_string_lossy();
+    if let Some((pool, disk)) = text.rsplit_once(':')
+        && is_pool(Path::new(pool))
+    {
+        return failure.hint(format!(
+            "`{pool}` is a pool: name it alone here; for `{disk}` in it see `tidepool disk`"
+        ));
+    }
+    match check_directory(path) {
+        Err(nowhere) => nowhere,
+        Ok(()) => failure.hint(format!(
+            "`tidepool pool ls DIR` finds pools; `tidepool pool create {shown} --size 100G` makes one"
+        )),
+    }
+}
+
+/// # Errors
+/// The directory that the file `path` would be in is not there.
+pub(super) fn check_directory(path: &Path) -> Result<(), Failure> {
+    let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    let shown = dir.display();
+    let failure = |what| Failure::new("not_found", path.display(), what);
+    match file::is_directory(dir) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(failure(format!("`{shown}` is not a directory"))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(failure(format!("there is no directory `{shown}`"))
+                .hint(format!("`mkdir -p {shown}` makes it")))
+        }
+        Err(e) => Err(Failure::io(dir, "look into the directory", &e)),
     }
 }
 
@@ -125,4 +161,15 @@ pub(super) fn peek(path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>> 
     let mut bytes = vec![0; len];
     file::read_exact_at(&file, &mut [IoSliceMut::new(&mut bytes)], offset)?;
     Ok(bytes)
+}
+
+/// Whether there is a superblock, in whatever state.
+#[must_use]
+pub(super) fn is_pool(path: &Path) -> bool {
+    peek(path, 0, SUPERBLOCK_LEN).is_ok_and(|block| {
+        !matches!(
+            Superblock::decode(&block),
+            Err(FormatError::Magic { .. } | FormatError::Short { .. })
+        )
+    })
 }

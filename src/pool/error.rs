@@ -49,7 +49,7 @@ pub enum PoolError {
         name: String,
     },
     /// The name is taken.
-    #[error("`{name}` exists already: choose another name, or remove it first")]
+    #[error("`{name}` exists already: choose another name")]
     Exists {
         /// The name.
         name: String,

@@ -12,7 +12,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{self, FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice};
+use nix::fcntl::{
+    self, AT_FDCWD, FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, RenameFlags,
+};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::sys::uio;
 use nix::unistd::{Whence, lseek};
@@ -64,6 +66,14 @@ pub fn kind_of(path: &Path) -> io::Result<Kind> {
     Ok(fs::metadata(path)?.file_type().into())
 }
 
+/// Whether `path` leads to a directory.
+///
+/// # Errors
+/// As [`kind_of`].
+pub fn is_directory(path: &Path) -> io::Result<bool> {
+    Ok(fs::metadata(path)?.is_dir())
+}
+
 /// Opens `path`; closed on exec.
 ///
 /// # Errors
@@ -99,6 +109,23 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
         Some(_) | None => Path::new("."),
     };
     open(parent, Mode::Read)?.sync_all()
+}
+
+/// Gives the file `from` the name `to`, which must be free: whoever made a file of that name
+/// meanwhile keeps it (renameat2(2), `RENAME_NOREPLACE`; link(2) where the file system has no such
+/// flag).
+///
+/// # Errors
+/// `AlreadyExists`, and the rest of rename(2).
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    let flags = RenameFlags::RENAME_NOREPLACE;
+    match fcntl::renameat2(AT_FDCWD, from, AT_FDCWD, to, flags) {
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)
+        }
+        other => Ok(other?),
+    }
 }
 
 /// Turns `O_DIRECT` on. Done after opening rather than in open(2), which would leave a created

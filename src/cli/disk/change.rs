@@ -93,6 +93,13 @@ pub(super) fn remove(args: &Rm) -> Result<Reply, Failure> {
 pub(super) fn rename(args: &Rename) -> Result<Reply, Failure> {
     let item = &args.item;
     let new = args.new.in_pool_of(item).map_err(Failure::usage)?;
+    if new == item.name {
+        return Err(Failure::new(
+            "exists",
+            item,
+            "it exists already, under that name",
+        ));
+    }
     with_pool(item, "rename", |pool| {
         cowdisk::rename(pool, &item.name, new)
     })?;

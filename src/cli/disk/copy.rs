@@ -1,6 +1,7 @@
 //! Commands that move data: import, export, flatten, commit.
 
 use super::change::{guess_format, with_pool};
+use super::target::Target;
 use super::{Commit, Export, Flatten, ImageFormat, Import};
 use crate::cli::args::ItemRef;
 use crate::cli::failure::Failure;
@@ -13,11 +14,10 @@ use crate::cowdisk::{
 };
 use crate::format::catalogue::{BaseFormat, RowKind, check_name};
 use crate::pool::catalogue::Catalogue;
-use crate::storage::OpenError;
-use crate::sys::file;
+use crate::storage::{Access, FileStorage, OpenError};
 use serde_json::json;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Long work as its user sees it: how far it has come, and that it can be stopped.
 struct Work {
@@ -121,16 +121,20 @@ pub(super) fn export(args: &Export, output: Output) -> Result<Reply, Failure> {
             "only --format raw can be written to standard output",
         ));
     }
-    if !is_stdout {
-        check_target(file, args.force)?;
-    }
+    let target = match is_stdout {
+        true => None,
+        false => Some(Target::claim(file, args.force)?),
+    };
     // A stream leaves nothing behind that would have to be cleaned up.
     let mut work = Work::begin(output, "exporting", !is_stdout);
     let result = open::reading(&item.pool, |pool| {
+        target
+            .as_ref()
+            .map_or(Ok(()), |target| target.check_no_base(pool))?;
         let disk = Disk::open(pool, &item.name).map_err(|e| Failure::disk(item, &e))?;
-        let moved = match is_stdout {
-            true => export_to_stdout(&disk, args, &mut work),
-            false => export_to_file(&disk, args, &mut work),
+        let moved = match target {
+            None => export_to_stdout(&disk, args, &mut work),
+            Some(target) => export_to_file(&disk, args, target, &mut work),
         };
         Ok((disk.size(), moved?))
     });
@@ -150,46 +154,24 @@ fn export_to_stdout(disk: &Disk, args: &Export, work: &mut Work) -> Result<u64, 
 }
 
 /// Visible under its name only when it is whole.
-fn export_to_file(disk: &Disk, args: &Export, work: &mut Work) -> Result<u64, Failure> {
+fn export_to_file(
+    disk: &Disk,
+    args: &Export,
+    target: Target<'_>,
+    work: &mut Work,
+) -> Result<u64, Failure> {
     let (item, file) = (&args.item, &args.file);
-    let partial = with_suffix(file, ".partial");
-    let moved = sink_for(&partial, args.format, disk.size()).and_then(|mut sink| {
-        let mut show = |done, total| work.step(done, total);
-        let moved = cowdisk::export(disk, &mut *sink, &mut show);
-        let moved = moved.map_err(|e| failed(item, file, &e))?;
-        let put = std::fs::rename(&partial, file).and_then(|()| file::sync_parent(file));
-        put.map_err(|e| Failure::io(file, "put the export in place", &e))?;
-        Ok(moved)
-    });
-    if moved
-        .as_ref()
-        .is_err_and(|failure| failure.kind != "exists")
-    {
+    let partial = target.partial();
+    let mut sink = sink_for(&partial, args.format, disk.size())?;
+    let mut show = |done, total| work.step(done, total);
+    let moved = cowdisk::export(disk, &mut *sink, &mut show);
+    let moved = moved.map_err(|e| failed(item, file, &e));
+    let moved = moved.and_then(|moved| target.put().map(|()| moved));
+    if moved.is_err() {
         // Made above, and of no use to anyone.
         drop(std::fs::remove_file(&partial));
     }
     moved
-}
-
-/// `Err` if `file` must not be written.
-fn check_target(file: &Path, is_forced: bool) -> Result<(), Failure> {
-    match file::kind_of(file) {
-        Err(_absent) => Ok(()),
-        Ok(file::Kind::Regular) if is_forced => Ok(()),
-        Ok(file::Kind::Regular) => Err(Failure::new("exists", file.display(), "it exists already")
-            .hint("choose another name, or say --force to replace it")),
-        Ok(file::Kind::BlockDevice | file::Kind::Other) => {
-            let what = "it is not a regular file";
-            Err(Failure::new("invalid", file.display(), what)
-                .hint("export to `-` and write standard output where you want it"))
-        }
-    }
-}
-
-fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 fn sink_for(path: &Path, format: ImageFormat, size: u64) -> Result<Box<dyn Sink>, Failure> {
@@ -200,14 +182,29 @@ fn sink_for(path: &Path, format: ImageFormat, size: u64) -> Result<Box<dyn Sink>
         }
     };
     sink.map_err(|e| {
-        let failure = Failure::file(&e);
-        match failure.kind {
-            "exists" => {
-                failure.hint("an export was interrupted, or is running: remove what it left")
-            }
-            _ => failure,
+        if e.kind() == io::ErrorKind::AlreadyExists {
+            left_over(path)
+        } else {
+            Failure::file(&e)
         }
     })
+}
+
+/// `partial` is there already: another export is running, or was killed.
+fn left_over(partial: &Path) -> Failure {
+    let shown = partial.display();
+    match FileStorage::open(partial, Access::ReadOnly) {
+        Err(OpenError::Locked { pid, .. }) => {
+            let by = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
+            let what = format!("{by} is exporting to it");
+            Failure::new("locked", shown, what).hint("wait for it, or choose another name")
+        }
+        Ok(_) | Err(_) => {
+            let what = "an export was killed, and left this";
+            Failure::new("exists", &shown, what)
+                .hint(format!("`rm '{shown}'` removes it; or choose another name"))
+        }
+    }
 }
 
 /// Out of space is the file's file system here, not the pool.

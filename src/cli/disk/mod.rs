@@ -4,6 +4,7 @@ mod change;
 mod copy;
 mod look;
 mod show;
+mod target;
 
 use super::args::{ItemRef, OptionalSize, OtherRef};
 use super::args::{parse_disk, parse_size, parse_size_or_none, parse_snapshot};

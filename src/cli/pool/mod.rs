@@ -10,7 +10,6 @@ use super::output::{Output, Reply};
 use super::progress::Progress;
 use crate::cowdisk::{self, PoolUsage};
 use crate::format::catalogue::RowKind;
-use crate::format::superblock::{SUPERBLOCK_LEN, Superblock};
 use crate::format::units::ClusterSize;
 use crate::pool::open::create as make_pool;
 use crate::pool::{CreateOptions, Pool};
@@ -157,6 +156,9 @@ fn parse_cluster(text: &str) -> Result<ClusterSize, String> {
         .ok_or_else(|| "a cluster has 16K to 1M bytes, a power of two".to_owned())
 }
 
+/// A file is made anew, always.
+const OTHER_NAME: &str = "choose a name that nothing has yet";
+
 /// Runs a command.
 ///
 /// # Errors
@@ -181,11 +183,19 @@ fn run_create(create: &Create) -> Result<Reply, Failure> {
         (None, Some(size)) => size,
         (None, None) => return Err(Failure::usage("a pool that is a file needs --size")),
         (Some(file::Kind::BlockDevice), size) => device_size(create, size)?,
-        (Some(file::Kind::Regular | file::Kind::Other), _) => {
-            return Err(Failure::new("exists", path.display(), "it exists already")
-                .hint("choose another name, or remove it first"));
+        (Some(file::Kind::Regular), _) => {
+            return Err(
+                Failure::new("exists", path.display(), "it exists already").hint(OTHER_NAME)
+            );
+        }
+        (Some(file::Kind::Other), _) => {
+            let what = "it exists already, and is neither a file nor a block device";
+            return Err(Failure::new("exists", path.display(), what).hint(OTHER_NAME));
         }
     };
+    if kind.is_none() {
+        open::check_directory(path)?;
+    }
     let options = CreateOptions {
         cluster_size: create.cluster,
         ..CreateOptions::new(size)
@@ -299,7 +309,7 @@ fn list(ls: Ls) -> Result<Reply, Failure> {
             for entry in std::fs::read_dir(&path).map_err(reading)? {
                 let found = entry.map_err(reading)?.path();
                 let found = found.strip_prefix("./").unwrap_or(&found).to_owned();
-                if is_pool(&found) {
+                if open::is_pool(&found) {
                     pools.push(found);
                 }
             }
@@ -350,7 +360,7 @@ fn list_one(path: &Path) -> Result<(Vec<String>, Value), Failure> {
         Ok((row, value))
     });
     match described {
-        Err(failure) if is_pool(path) => {
+        Err(failure) if open::is_pool(path) => {
             let mut row = vec![path.display().to_string()];
             row.extend(std::iter::repeat_n("-".to_owned(), 6));
             let note = open::owner_note(path);
@@ -366,16 +376,6 @@ fn list_one(path: &Path) -> Result<(Vec<String>, Value), Failure> {
         }
         other => other,
     }
-}
-
-/// Whether there is a superblock, in whatever state.
-fn is_pool(path: &Path) -> bool {
-    open::peek(path, 0, SUPERBLOCK_LEN).is_ok_and(|block| {
-        !matches!(
-            Superblock::decode(&block),
-            Err(crate::format::FormatError::Magic { .. } | crate::format::FormatError::Short { .. })
-        )
-    })
 }
 
 fn resize(args: &Resize) -> Result<Reply, Failure> {
