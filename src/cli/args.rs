@@ -4,19 +4,22 @@ use crate::format::catalogue::{RowKind, check_name};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Parses a size in bytes, 1 or more: `512`, `64K`, `1.5G`; K, M, G and T are powers of 1024, and
-/// may be followed by `iB`. What is left of a fraction of a byte is dropped.
+/// Parses a size in bytes, 1 or more: `512`, `64K`, `1.5G`; K, M, G, T, P and E are powers of 1024,
+/// and may be followed by `iB`. What is left of a fraction of a byte is dropped.
 ///
 /// # Errors
 /// Anything else, zero, or more than 2^63 - 1 bytes; in words for the user.
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let fault = |what: &str| format!("{what}; sizes look like 512, 64K, 1.5G or 2T");
-    let (number, unit) = split_unit(text).ok_or_else(|| fault("unknown unit"))?;
+    let (number, unit) = split_unit(text).map_err(|what| fault(&what))?;
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let is_number = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
     let has_digits = !whole.is_empty() && (number.len() == whole.len() || !fraction.is_empty());
     if !has_digits || !is_number(whole) || !is_number(fraction) || fraction.len() > 9 {
         return Err(fault("not a number"));
+    }
+    if unit == 1 && !fraction.is_empty() {
+        return Err(fault("a fraction needs a unit"));
     }
     let too_large = || fault("more than 2^63 - 1 bytes");
     let whole: u128 = whole.parse().map_err(|_too_long| too_large())?;
@@ -35,20 +38,34 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// The number, and the bytes in its unit.
-fn split_unit(text: &str) -> Option<(&str, u128)> {
+///
+/// # Errors
+/// What is wrong with the unit.
+fn split_unit(text: &str) -> Result<(&str, u128), String> {
     let at = text
         .find(|c: char| c.is_ascii_alphabetic())
         .unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
-    let bytes = match unit.to_ascii_uppercase().as_str() {
-        "" => 1,
-        "K" | "KIB" => 1 << 10,
-        "M" | "MIB" => 1 << 20,
-        "G" | "GIB" => 1 << 30,
-        "T" | "TIB" => 1_u128 << 40,
-        _ => return None,
+    let unit = unit.to_ascii_uppercase();
+    let letter = unit.strip_suffix("IB").unwrap_or(&unit);
+    let bytes = match letter {
+        "" if unit.is_empty() => 1,
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        "T" => 1_u128 << 40,
+        "P" => 1_u128 << 50,
+        "E" => 1_u128 << 60,
+        "KB" | "MB" | "GB" | "TB" | "PB" | "EB" => {
+            let letter = &letter[..1];
+            return Err(format!(
+                "{letter}B is a power of 1000 to some and of 1024 to others: say {number}{letter}, \
+                 which is of 1024"
+            ));
+        }
+        _ => return Err("unknown unit".to_owned()),
     };
-    Some((number, bytes))
+    Ok((number, bytes))
 }
 
 /// As [`parse_size`], or `none` for no size at all.
@@ -195,6 +212,8 @@ mod tests {
             ("2T", 2 << 40),
             ("0.5M", 1 << 19),
             ("8388607T", 8_388_607 << 40),
+            ("3P", 3 << 50),
+            ("7EiB", 7 << 60),
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
@@ -218,6 +237,10 @@ mod tests {
             "G1",
             "0x10",
             "10GG",
+            "10GB",
+            "10iB",
+            "1.5",
+            "8E",
             "8388608T",
             "99999999999999999999999",
             "0.1",

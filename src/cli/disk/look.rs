@@ -33,15 +33,23 @@ pub(super) fn diff(args: &Diff) -> Result<Reply, Failure> {
         if !rows.is_empty() {
             text = human::table(&[">OFFSET", ">LENGTH"], &rows);
         }
+        let (name, sizes) = (&first.name, [a.size(), b.size()]);
         text.push_str(&match ranges.len() {
-            0 => format!("{} and {second} are the same\n", first.name),
+            0 if sizes[0] == sizes[1] => format!("{name} and {second} are the same\n"),
+            0 => format!("{name} and {second} hold the same, and zeros beyond it\n"),
             count => format!(
                 "{} and {second} differ in {count} ranges, {} of {}\n",
                 first.name,
                 human::bytes(bytes),
-                human::bytes(a.size().max(b.size()))
+                human::bytes(sizes[0].max(sizes[1]))
             ),
         });
+        if sizes[0] != sizes[1] {
+            let [a, b] = sizes.map(human::exact);
+            text.push_str(&format!(
+                "their sizes differ: {name} has {a}, {second} {b}\n"
+            ));
+        }
         let extents: Vec<Value> = ranges
             .iter()
             .map(|range| json!({ "offset": range.start, "length": range.end - range.start }))
@@ -50,6 +58,8 @@ pub(super) fn diff(args: &Diff) -> Result<Reply, Failure> {
             "pool": first.pool,
             "a": first.name,
             "b": second,
+            "a_size_bytes": sizes[0],
+            "b_size_bytes": sizes[1],
             "compared": if args.content { "content" } else { "places" },
             "bytes": bytes,
             "extents": extents,

@@ -3,19 +3,23 @@
 use crate::cli::args::ItemRef;
 use crate::cli::failure::Failure;
 use crate::cli::output::Reply;
-use crate::cli::{human, open};
+use crate::cli::{human, natural, open};
 use crate::cowdisk::{self, DiskUsage, PoolUsage};
 use crate::format::catalogue::{Row, RowKind};
 use crate::format::units::DiskId;
 use crate::pool::PoolError;
+use crate::pool::catalogue::Item;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
 fn measure(path: &Path) -> Result<PoolUsage, Failure> {
-    open::reading(path, |pool| {
+    let mut usage = open::reading(path, |pool| {
         cowdisk::usage(pool).map_err(|e| Failure::disk(path.display(), &e))
-    })
+    })?;
+    let disks = &mut usage.disks;
+    disks.sort_by(|(a, _), (b, _)| natural::compare(&a.row.name, &b.row.name));
+    Ok(usage)
 }
 
 /// The name of what `row` was forked from.
@@ -137,7 +141,7 @@ pub(super) fn info(item: &ItemRef) -> Result<Reply, Failure> {
 }
 
 /// Disks by what they were forked from; what has no parent is below `None`.
-type Children<'a> = BTreeMap<Option<DiskId>, Vec<&'a (crate::pool::catalogue::Item, DiskUsage)>>;
+type Children<'a> = BTreeMap<Option<DiskId>, Vec<&'a (Item, DiskUsage)>>;
 
 pub(super) fn tree(path: &Path) -> Result<Reply, Failure> {
     let usage = measure(path)?;
