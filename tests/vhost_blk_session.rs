@@ -7,6 +7,8 @@
     reason = "a test: its names are its documentation, its numbers are small"
 )]
 
+#[path = "vhost_blk/bounds.rs"]
+mod bounds;
 #[path = "vhost_blk/client.rs"]
 mod client;
 #[path = "vhost_blk/data.rs"]

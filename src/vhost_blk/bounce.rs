@@ -1,12 +1,18 @@
 //! Buffers for guest memory that direct I/O cannot use as it is, and for reads of bases. Kept and
-//! used again; the memory they take is bounded.
+//! used again. What is lent out never exceeds [`LENT_MAX`]: a slice of a request begins only if
+//! there is room for the most that one can take.
 
 use crate::sys::buffer::AlignedBuf;
 
 /// Bytes of a large buffer: longer pieces are cut.
 pub(super) const LARGE: u32 = 32 << 10;
 const SMALL: u32 = 4 << 10;
-/// Bytes lent out at which no further request gets any (a request that has begun gets all).
+/// Most bytes of a slice of a request that may need buffers.
+pub(super) const SLICE_LEN_MAX: u32 = 256 << 10;
+/// Most bytes lent for a slice: pieces are whole sectors, of which the smallest and those that
+/// hardly need a large buffer take eight times what they hold.
+const SLICE_LENT_MAX: u64 = 8 * (256 << 10);
+/// Most bytes lent out.
 const LENT_MAX: u64 = 32 << 20;
 /// Buffers of each size that are kept.
 const KEPT_MAX: usize = 256;
@@ -20,9 +26,9 @@ pub(super) struct Bounce {
 }
 
 impl Bounce {
-    /// Whether a request that needs buffers may begin.
+    /// Whether a slice that needs buffers may begin.
     pub(super) fn has_room(&self) -> bool {
-        self.lent < LENT_MAX
+        self.lent + SLICE_LENT_MAX <= LENT_MAX
     }
 
     /// A buffer of at least `len` bytes, at most [`LARGE`].
@@ -33,6 +39,7 @@ impl Bounce {
             (&mut self.large, LARGE)
         };
         self.lent += u64::from(size);
+        assert!(self.lent <= LENT_MAX, "a slice takes no more than it may");
         let bytes = usize::try_from(size.max(len)).unwrap_or(usize::MAX);
         kept.pop().unwrap_or_else(|| AlignedBuf::new(bytes))
     }

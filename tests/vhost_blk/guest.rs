@@ -9,7 +9,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tidepool::vhost_blk::{DiskStats, Event, Server, ServerOptions};
 
-use crate::client::{Ram, Vq, WRITE, Wire, feature, req};
+use crate::client::{Desc, INDIRECT, NEXT, Ram, Vq, WRITE, Wire, feature, req};
 use crate::disk::{self, Kind};
 
 pub const IN: u32 = 0;
@@ -31,6 +31,8 @@ pub const RAM: usize = 16 << 20;
 pub const GPA: u64 = 0x10_0000;
 pub const HEADERS: u64 = GPA + (2 << 20);
 pub const DATA: u64 = GPA + (4 << 20);
+/// Indirect tables, 16 KiB each.
+const TABLES: u64 = HEADERS + (1 << 20);
 
 /// A server with one disk.
 pub struct Bench {
@@ -178,6 +180,38 @@ impl Guest {
         chain.extend_from_slice(bufs);
         chain.push((slot + 16, 1, WRITE));
         self.queues[q].submit(&self.ram, first, &chain);
+    }
+
+    /// As [`Guest::put`], in an indirect table of up to 1024 descriptors; `slot` is below 64.
+    pub fn put_indirect(
+        &mut self,
+        q: usize,
+        slot: u16,
+        kind: u32,
+        sector: u64,
+        bufs: &[(u64, u32, u16)],
+    ) {
+        let at = self.slot(q, slot);
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        self.ram.write(at, &header);
+        self.ram.write(at + 16, &[0xFF]);
+        let mut chain = vec![(at, 16, 0)];
+        chain.extend_from_slice(bufs);
+        chain.push((at + 16, 1, WRITE));
+        let last = chain.len() - 1;
+        let table = chain
+            .iter()
+            .enumerate()
+            .flat_map(|(index, (addr, len, flags))| {
+                let next = if index < last { NEXT } else { 0 };
+                Desc(*addr, *len, flags | next, index as u16 + 1).bytes()
+            });
+        let table: Vec<u8> = table.collect();
+        let place = TABLES + u64::from(slot) * 0x4000;
+        self.ram.write(place, &table);
+        self.queues[q].submit(&self.ram, slot, &[(place, table.len() as u32, INDIRECT)]);
     }
 
     /// Puts 40 writes of `len` bytes side by side on queue `q`.

@@ -8,9 +8,11 @@
 //!            +-> helper (copy, zero edges, base) -------+
 //! ```
 //! A task in flight has `pending` pieces of I/O or of work elsewhere; when the last ends, `settle`
-//! decides what comes next.
+//! decides what comes next. A large request is done in slices ([`slice`]): between two of them
+//! others have their turn.
 
 mod moving;
+mod slice;
 
 use std::fmt::Display;
 use std::time::Instant;
@@ -23,10 +25,10 @@ use crate::virtio::blk::{Op, Request, Status};
 
 use crate::vhost_blk::events::EventKind;
 use crate::vhost_blk::helpers::{Work, WorkFailed};
-use crate::vhost_blk::lane::Lane;
 
 pub(super) use moving::{Mover, task_of};
 use moving::{Piece, part_of};
+use slice::COST_MAX;
 
 /// What a task is waiting for while something is pending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -45,6 +47,8 @@ enum Stage {
 pub(super) enum Next {
     /// Something is pending.
     Wait,
+    /// A slice is done: go on after the others had their turn.
+    Again,
     /// Try again when the disk says so.
     Busy,
     /// Try again when the pool has space.
@@ -79,8 +83,16 @@ pub(super) struct Task {
     plan: WritePlan,
     pending: u32,
     failure: Option<DiskErrorKind>,
+    /// Bytes of an IN or OUT that are done.
+    done: u32,
+    /// Bytes after them that are being moved.
+    slice: u32,
     /// Ranges of a DISCARD or WRITE_ZEROES that are done.
     ranges_done: usize,
+    /// Bytes of the range after them that are done.
+    range_done: u64,
+    /// Bytes after those that are being zeroed.
+    part: u64,
     parts: Vec<Part>,
 }
 
@@ -97,7 +109,11 @@ impl Task {
         self.stage = Stage::New;
         self.pass = None;
         self.failure = None;
+        self.done = 0;
+        self.slice = 0;
         self.ranges_done = 0;
+        self.range_done = 0;
+        self.part = 0;
         self.parts.clear();
         debug_assert_eq!(self.pending, 0, "a task ends with nothing pending");
     }
@@ -145,16 +161,23 @@ impl Task {
         next
     }
 
-    fn needs_bounce(&self, lane: &Lane) -> bool {
-        match lane.tier {
-            Tier::Direct { align } => !self.pin().is_aligned(&self.request.data, align),
-            Tier::Buffered | Tier::Memory => false,
-        }
+    /// Whether pieces of the request may need buffers of ours.
+    fn may_bounce(&self, mover: &Mover<'_>) -> bool {
+        let lane = mover.lane;
+        let is_read_elsewhere = lane.base.is_none() && lane.device.disk.base().is_some();
+        is_read_elsewhere
+            || match lane.tier {
+                // Pieces are cut between blocks.
+                Tier::Direct { align } => {
+                    lane.device.disk.block_size() < align
+                        || !self.pin().is_aligned(&self.request.data, align)
+                }
+                Tier::Buffered | Tier::Memory => false,
+            }
     }
 
     fn is_starved(&self, mover: &Mover<'_>) -> bool {
-        let has_base = mover.lane.base.is_none() && mover.lane.device.disk.base().is_some();
-        !mover.bounce.has_room() && (has_base || self.needs_bounce(mover.lane))
+        !mover.bounce.has_room() && self.may_bounce(mover)
     }
 
     fn read(&mut self, mover: &mut Mover<'_>) -> Next {
@@ -170,15 +193,19 @@ impl Task {
         let mut segments = mover.context.segments.take();
         segments.clear();
         let disk = &mover.lane.device.disk;
-        let planned = disk.plan_read(pass, self.request.offset, self.request.len, &mut segments);
+        let (offset, len) = self.next_slice(mover);
+        let planned = disk.plan_read(pass, offset, len, &mut segments);
         if let Err(error) = planned {
             mover.context.segments.replace(segments);
             return failed_with(mover, &error);
         }
         self.stage = Stage::Reading;
+        self.slice = len;
+        mover.spent += len;
         for segment in &segments {
+            let at = self.done + segment.at;
             let piece = |offset| Piece {
-                at: segment.at,
+                at,
                 len: segment.len,
                 offset,
                 is_write: false,
@@ -187,7 +214,7 @@ impl Task {
             match segment.source {
                 Source::Pool(offset) => self.move_pool(mover, piece(offset)),
                 Source::Base(offset) => self.read_base(mover, piece(offset)),
-                Source::Zero => self.zero(mover, segment.at, segment.len),
+                Source::Zero => self.zero(mover, at, segment.len),
             }
         }
         mover.context.segments.replace(segments);
@@ -205,16 +232,18 @@ impl Task {
             return Next::Busy;
         };
         let disk = &mover.lane.device.disk;
-        let (offset, len) = (self.request.offset, self.request.len);
+        let (offset, len) = self.next_slice(mover);
         match disk.plan_write(pass, offset, len, &mut self.plan, &mover.context.waker) {
             Err(error) => self.refused(mover, &error),
             Ok(Step::Ready) => {
                 // `full_since` stays: the host may have no space although the pool has.
                 self.stage = Stage::Writing;
+                self.slice = len;
+                mover.spent += len;
                 let plan = std::mem::take(&mut self.plan);
                 for segment in plan.segments() {
                     let piece = Piece {
-                        at: segment.at,
+                        at: self.done + segment.at,
                         len: segment.len,
                         offset: segment.to,
                         is_write: true,
@@ -256,6 +285,9 @@ impl Task {
                 self.ranges_done += 1;
                 continue;
             }
+            if mover.spent >= COST_MAX {
+                return self.retreat(Next::Again);
+            }
             if !self.enter(mover) {
                 return Next::Busy;
             }
@@ -264,22 +296,25 @@ impl Task {
             };
             let disk = &mover.lane.device.disk;
             let waker = &mover.context.waker;
+            let part = self.next_part(range, disk.cluster_size());
             let planned = if self.request.op == Op::Discard {
-                disk.plan_discard(pass, range.offset, range.len, waker)
+                disk.plan_discard(pass, part.offset, part.len, waker)
             } else {
-                disk.plan_zeroes(pass, range.offset, range.len, range.may_unmap, waker)
+                disk.plan_zeroes(pass, part.offset, part.len, part.may_unmap, waker)
             };
+            self.part = part.len;
             match planned {
                 Err(error) => return self.refused(mover, &error),
                 Ok(Step::Done | Step::Ready) => {
                     self.full_since = None;
-                    self.ranges_done += 1;
+                    mover.spent += self.cost(part, disk.cluster_size());
+                    self.end_part();
                 }
                 Ok(Step::Blocking) => {
                     self.pass = None;
                     self.stage = Stage::Zeroing;
                     self.pending += 1;
-                    let work = Work::Zero(disk.clone(), range);
+                    let work = Work::Zero(disk.clone(), part);
                     mover.lane.device.helpers.submit(work, mover.ticket(0));
                     return Next::Wait;
                 }
@@ -356,7 +391,12 @@ impl Task {
         let failure = self.failure.take();
         match self.stage {
             Stage::New => Next::Wait,
-            Stage::Reading | Stage::Flushing => Next::Finish(match failure {
+            Stage::Reading => match failure {
+                None if self.end_slice() => Next::Finish(Status::Ok),
+                None => self.retreat(Next::Again),
+                Some(_) => Next::Finish(Status::IoErr),
+            },
+            Stage::Flushing => Next::Finish(match failure {
                 None => Status::Ok,
                 Some(_) => Status::IoErr,
             }),
@@ -368,7 +408,8 @@ impl Task {
                     .complete_write(&mut self.plan, failure.is_none());
                 self.pass = None;
                 match failure {
-                    None => self.written(mover),
+                    None if self.end_slice() => self.written(mover),
+                    None => Next::Again,
                     Some(kind) => failed(kind),
                 }
             }
@@ -382,7 +423,7 @@ impl Task {
             },
             Stage::Zeroing => match failure {
                 None => {
-                    self.ranges_done += 1;
+                    self.end_part();
                     self.begin(mover)
                 }
                 Some(kind) => failed(kind),

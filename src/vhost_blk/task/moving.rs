@@ -3,7 +3,7 @@
 
 use crate::cowdisk::{DiskErrorKind, Padding, Tier};
 use crate::sys::buffer::AlignedBuf;
-use crate::sys::mmap::{GuestRun, IOV_MAX, cut_runs};
+use crate::sys::mmap::{GuestRun, cut_runs};
 use crate::sys::uring::{FileIndex, Ring};
 use crate::vhost_blk::bounce::{Bounce, LARGE};
 use crate::vhost_blk::events::EventKind;
@@ -25,6 +25,8 @@ pub(in crate::vhost_blk) struct Mover<'a> {
     pub(in crate::vhost_blk) runs: &'a mut Vec<GuestRun>,
     pub(in crate::vhost_blk) lane: &'a Lane,
     pub(in crate::vhost_blk) task: u32,
+    /// What the step has cost so far, in bytes copied or as good as that.
+    pub(in crate::vhost_blk) spent: u32,
     pub(in crate::vhost_blk) context: &'a Context,
 }
 
@@ -93,7 +95,7 @@ impl Task {
 
     pub(super) fn move_ring(&mut self, mover: &mut Mover<'_>, piece: Piece, is_aligned: bool) {
         let file = mover.lane.files.pool;
-        if !is_aligned || mover.runs.len() + 2 > IOV_MAX {
+        if !is_aligned {
             self.move_bounced(mover, file, piece);
             return;
         }
@@ -166,10 +168,6 @@ impl Task {
         }
         mover.runs.clear();
         cut_runs(&self.request.data, piece.at, held, mover.runs);
-        if mover.runs.len() > IOV_MAX {
-            self.move_bounced(mover, base.file, Piece { len: held, ..piece });
-            return;
-        }
         let memory = self.memory.as_ref().expect("a task in use has memory");
         mover.ring.read(
             base.file,

@@ -124,6 +124,8 @@ struct Worker {
     tasks: Vec<Option<Box<Task>>>,
     free: Vec<u32>,
     parked: VecDeque<(u32, Parked)>,
+    /// Tasks between two slices.
+    again: VecDeque<u32>,
     bounce: Bounce,
     runs: Vec<GuestRun>,
     chain: Chain,
@@ -162,6 +164,7 @@ impl Worker {
             tasks: Vec::new(),
             free: Vec::new(),
             parked: VecDeque::new(),
+            again: VecDeque::new(),
             bounce: Bounce::default(),
             runs: Vec::new(),
             chain: Chain::default(),
@@ -187,6 +190,7 @@ impl Worker {
             self.look();
             self.publish();
             self.serve();
+            self.go_on();
             self.retry();
             self.publish();
             self.notice_losses();
@@ -201,6 +205,7 @@ impl Worker {
     /// Submits; waits as well if there is nothing to do.
     fn sleep(&mut self) {
         let is_idle = self.ready.is_empty()
+            && self.again.is_empty()
             && !self.linger()
             && !self.arm()
             && sigbus::losses() == self.losses;

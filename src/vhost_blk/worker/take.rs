@@ -21,6 +21,16 @@ impl Worker {
         }
     }
 
+    /// The next slice of every request that has more than one.
+    pub(super) fn go_on(&mut self) {
+        for _ in 0..self.again.len() {
+            let Some(id) = self.again.pop_front() else {
+                return;
+            };
+            self.step(id, |task, mover| task.begin(mover));
+        }
+    }
+
     pub(super) fn turn(&mut self, index: u32) {
         for _ in 0..TURN {
             match self.take(index) {
@@ -115,12 +125,17 @@ impl Worker {
             runs: &mut self.runs,
             lane,
             task: id,
+            spent: 0,
             context: &self.context,
         };
         let next = go(&mut task, &mut mover);
         let next = self.ration(&mut task, next);
         let parked = match next {
             Next::Wait => None,
+            Next::Again => {
+                self.again.push_back(id);
+                None
+            }
             Next::Busy => Some(Parked::Busy),
             Next::Full => Some(Parked::Full),
             Next::Starved => Some(Parked::Starved),
