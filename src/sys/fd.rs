@@ -4,10 +4,10 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::{self, EfdFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// What `/proc/self/fd` shows for an eventfd.
@@ -26,30 +26,20 @@ pub fn raise_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
-/// An eventfd, our own or one that came over a socket.
+/// An eventfd, our own or one that came over a socket: to be polled, and signalled by
+/// [`super::call::Caller`] alone, for a write could wait for ever.
 ///
 /// # Invariants
-/// The descriptor is an eventfd and was non-blocking when it was taken in: [`Event::signal`] does
-/// not block on a counter that its reader never empties.
+/// The descriptor is an eventfd.
 #[derive(Debug)]
-pub struct Event(OwnedFd);
+pub struct EventFd(OwnedFd);
 
-impl Event {
-    /// A fresh counter at zero.
+impl EventFd {
+    /// Takes in a descriptor that somebody else made, after checking that it is an eventfd: a poll
+    /// of anything else may never rest (a plain file) or run somebody's code (a FUSE file).
     ///
     /// # Errors
-    /// As eventfd(2): out of descriptors or memory.
-    pub fn new() -> io::Result<Self> {
-        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self(event.into()))
-    }
-
-    /// Takes in a descriptor that somebody else made, after checking that it is an eventfd: a
-    /// write to anything else (a full pipe) could block for ever, and a poll of anything else
-    /// (a plain file) would never rest.
-    ///
-    /// # Errors
-    /// `InvalidInput` if it is not an eventfd; otherwise as fcntl(2).
+    /// `InvalidInput` if it is not an eventfd; otherwise as readlink(2).
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
         let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
         if link.as_os_str() != EVENTFD_LINK {
@@ -58,11 +48,39 @@ impl Event {
                 format!("descriptor is {}, not an eventfd", link.display()),
             ));
         }
-        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-        if !flags.contains(OFlag::O_NONBLOCK) {
-            fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        }
+        // INVARIANT: no path and no other anonymous file is called so.
         Ok(Self(fd))
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// An eventfd of our own.
+///
+/// # Invariants
+/// Nobody else has it: it is non-blocking and stays so.
+#[derive(Debug, Clone)]
+pub struct Event(Arc<EventFd>);
+
+impl Event {
+    /// A fresh counter at zero.
+    ///
+    /// # Errors
+    /// As eventfd(2): out of descriptors or memory.
+    pub fn new() -> io::Result<Self> {
+        let event = eventfd::EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        // INVARIANT: just made, as both types have it.
+        Ok(Self(Arc::new(EventFd(event.into()))))
+    }
+
+    /// For a ring to poll.
+    #[must_use]
+    pub fn eventfd(&self) -> &Arc<EventFd> {
+        &self.0
     }
 
     /// Adds one to the counter. A counter that is full is as signalled as it can be, so that is
@@ -115,15 +133,9 @@ mod tests {
     #[test]
     fn adopts_eventfds_only() {
         let (read, _write) = nix::unistd::pipe().expect("pipe");
-        let error = Event::adopt(read).expect_err("a pipe is refused");
+        let error = EventFd::adopt(read).expect_err("a pipe is refused");
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
-
-        let blocking = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("eventfd");
-        let event = Event::adopt(blocking.into()).expect("an eventfd is taken");
-        // A full counter must not block the writer.
-        #[expect(clippy::host_endian_bytes, reason = "eventfd(2) counts in host order")]
-        let full = (u64::MAX - 1).to_ne_bytes();
-        nix::unistd::write(&event, &full).expect("fill");
-        event.signal().expect("a full counter is no error");
+        let theirs = eventfd::EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("eventfd");
+        EventFd::adopt(theirs.into()).expect("an eventfd is taken");
     }
 }

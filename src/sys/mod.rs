@@ -2,6 +2,7 @@
 //! safe type or function, so that every room above is plain safe Rust.
 //!
 //! - [`buffer`]: page-aligned buffers for direct I/O.
+//! - [`call`]: telling clients that something is done, without ever waiting for them.
 //! - [`clock`]: the monotonic clock and the time of day.
 //! - [`mod@file`]: files and block devices beyond what `std` offers: direct I/O and its alignment,
 //!   durable writes, holes.
@@ -14,6 +15,7 @@
 //! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
 
 pub mod buffer;
+pub mod call;
 pub mod clock;
 pub mod fd;
 pub mod file;

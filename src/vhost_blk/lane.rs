@@ -1,11 +1,13 @@
 //! One virtqueue on its worker.
 
 use std::fmt::Display;
+use std::rc::Rc;
 use std::sync::mpsc::SyncSender;
 
 use crate::cowdisk::Tier;
 use crate::sync::Arc;
-use crate::sys::fd::Event;
+use crate::sys::call::Caller;
+use crate::sys::fd::EventFd;
 use crate::sys::mmap::GuestPin;
 use crate::sys::uring::{FileIndex, PollHandle};
 use crate::virtio::queue::SplitQueue;
@@ -35,8 +37,10 @@ pub(super) struct Lane {
     pub(super) files: LaneFiles,
     pub(super) base: Option<RingBase>,
     pub(super) poll: Option<PollHandle>,
-    pub(super) call: Option<Arc<Event>>,
-    pub(super) error: Option<Arc<Event>>,
+    /// The worker's.
+    pub(super) caller: Rc<Caller>,
+    pub(super) call: Option<Arc<EventFd>>,
+    pub(super) error: Option<Arc<EventFd>>,
     pub(super) stats: Arc<LaneStats>,
     /// Requests taken and not given back.
     pub(super) in_flight: u16,
@@ -83,7 +87,7 @@ impl Lane {
             self.state = LaneState::Broken;
             self.stats.record_broken();
             self.device.report(EventKind::QueueBroken, reason);
-            signal(self.error.as_deref());
+            self.signal_error();
         }
     }
 
@@ -98,14 +102,24 @@ impl Lane {
     /// Shows the guest what was completed and tells it so if it wants to be told.
     pub(super) fn publish(&mut self) {
         if self.queue.publish() {
-            signal(self.call.as_deref());
+            self.signal_call();
         }
     }
-}
 
-/// A failure to signal is the client's loss: the descriptor is its own, and was an eventfd.
-pub(super) fn signal(event: Option<&Event>) {
-    if let Some(event) = event {
-        drop(event.signal());
+    /// Tells the guest to look at its used ring.
+    pub(super) fn signal_call(&self) {
+        self.signal(self.call.as_deref());
+    }
+
+    /// Tells the front end that the queue was given up.
+    pub(super) fn signal_error(&self) {
+        self.signal(self.error.as_deref());
+    }
+
+    /// Fails only where the kernel has no memory for a request of some bytes, and ends processes.
+    fn signal(&self, event: Option<&EventFd>) {
+        if let Some(event) = event {
+            drop(self.caller.signal(event));
+        }
     }
 }

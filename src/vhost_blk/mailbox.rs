@@ -7,7 +7,7 @@ use std::task::Wake;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::sys::buffer::AlignedBuf;
-use crate::sys::fd::Event;
+use crate::sys::fd::{Event, EventFd};
 use crate::sys::mmap::GuestMemory;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
 
@@ -25,9 +25,9 @@ pub(super) struct Start {
     pub(super) leash: Arc<Leash>,
     pub(super) queue: SplitQueue,
     pub(super) memory: Arc<GuestMemory>,
-    pub(super) kick: Arc<Event>,
-    pub(super) call: Option<Arc<Event>>,
-    pub(super) error: Option<Arc<Event>>,
+    pub(super) kick: Arc<EventFd>,
+    pub(super) call: Option<Arc<EventFd>>,
+    pub(super) error: Option<Arc<EventFd>>,
     /// Virtio features that the driver accepted.
     pub(super) features: u64,
     pub(super) reply: SyncSender<io::Result<LaneId>>,
@@ -57,12 +57,12 @@ pub(super) enum Message {
     /// Tell the guest of completions here from now on.
     Call {
         lane: LaneId,
-        call: Option<Arc<Event>>,
+        call: Option<Arc<EventFd>>,
     },
     /// Report a broken ring here from now on.
     Error {
         lane: LaneId,
-        error: Option<Arc<Event>>,
+        error: Option<Arc<EventFd>>,
     },
     /// The guest's memory table changed.
     Memory {
@@ -80,7 +80,7 @@ pub(super) enum Message {
 /// One worker's inbox.
 #[derive(Debug)]
 pub(super) struct Mailbox {
-    event: Arc<Event>,
+    event: Event,
     /// The event was written to and the worker has not looked yet.
     is_signalled: AtomicBool,
     /// A disk asked for another try of what it had refused.
@@ -91,7 +91,7 @@ pub(super) struct Mailbox {
 impl Mailbox {
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
-            event: Arc::new(Event::new()?),
+            event: Event::new()?,
             is_signalled: AtomicBool::new(false),
             is_retry: AtomicBool::new(false),
             messages: Mutex::new(Vec::new()),
@@ -99,8 +99,8 @@ impl Mailbox {
     }
 
     /// What the worker polls.
-    pub(super) fn event(&self) -> &Arc<Event> {
-        &self.event
+    pub(super) fn event(&self) -> &Arc<EventFd> {
+        self.event.eventfd()
     }
 
     pub(super) fn post(&self, message: Message) {

@@ -5,13 +5,15 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tidepool::sys::clock;
 use tidepool::vhost_blk::{Event, EventKind, ServerOptions};
 
 use crate::client::{Desc, INDIRECT, NEXT, Ram, Random, Vq, WRITE, Wire, feature, req, seed};
 use crate::disk::{self, Kind};
 use crate::guest::{
-    Bench, DATA, DISCARD, FLUSH, GPA, Guest, HEADERS, IN, IOERR, MODERN, OK, OUT, PLAIN, RAM, Style,
+    Bench, DATA, DISCARD, FLUSH, GPA, Guest, HEADERS, IN, IOERR, MODERN, OK, OUT, PLAIN, RAM, SOON,
+    Style,
 };
 
 const SIZE: u64 = 4 << 20;
@@ -300,6 +302,51 @@ fn requests_beyond_every_limit_are_errors_not_work() {
     let ranges = vec![(0, 8, 0); 65];
     assert_eq!(guest.ranges(0, 11, &ranges), IOERR);
     assert_eq!(guest.ranges(0, 13, &[(0, u32::MAX, 0)]), IOERR);
+}
+
+/// Makes writes to it block for ever. The flag belongs to the open file, whoever has taken it in.
+fn jam(event: impl AsFd) {
+    fcntl(&event, FcntlArg::F_SETFL(OFlag::empty())).expect("flags cleared");
+    let full = (u64::MAX - 1).to_le_bytes();
+    assert_eq!(nix::unistd::write(&event, &full), Ok(8));
+}
+
+#[test]
+fn eventfds_that_block_hold_up_nobody() {
+    let options = ServerOptions {
+        workers: 1,
+        ..crate::guest::options()
+    };
+    let bench = Bench::with(options, |dir| {
+        disk::make(dir, "disk", SIZE, Kind::Memory, false)
+    });
+    let other = bench.dir.path().join("other.sock");
+    let disk = disk::make(bench.dir.path(), "other", SIZE, Kind::Direct, false);
+    bench.server.add(disk, &other, 4).expect("served");
+    let mut bystander = Guest::boot(&other, MODERN);
+    let mut guest = Guest::boot(&bench.socket, MODERN);
+    let error = guest.watch_errors(0);
+    assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+    let _count = guest.queues[0].call.read();
+    jam(&guest.queues[0].call);
+    jam(&error);
+    // Its own requests are answered, and what is beyond a full counter is no loss: it calls.
+    for _ in 0..100 {
+        let used = guest.ram.load_u16(guest.queues[0].used_at() + 2);
+        guest.put(0, 0, IN, 0, &[(DATA, 512, WRITE)]);
+        let deadline = clock::now() + SOON;
+        while guest.ram.load_u16(guest.queues[0].used_at() + 2) == used {
+            assert!(clock::now() < deadline, "no answer");
+            std::thread::yield_now();
+        }
+        assert_eq!(bystander.write(0, 8, &[9; 4096]), OK);
+    }
+    offer(&mut guest, 128);
+    while bench.stats().broken_queues == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bystander.read(0, 8, 4096), [9; 4096]);
+    bench.server.shutdown().expect("shut down");
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub use op::ZEROS_LEN;
 use op::{Hold, Kind, Op, carry_on, errno_result, to_u32, to_u64, to_usize};
 
 use super::buffer::AlignedBuf;
-use super::fd::Event;
+use super::fd::EventFd;
 use super::mmap::{GuestPin, GuestRun, IOV_MAX};
 
 /// Submission entries; more operations than this go in over several calls.
@@ -247,7 +247,7 @@ impl Ring {
 
     /// Completes with `token` each time `event` is written to, and once at the start if it was
     /// written to before. The counter is never read: every write wakes a poll, whatever its value.
-    pub fn poll(&mut self, event: Arc<Event>, token: u64) -> PollHandle {
+    pub fn poll(&mut self, event: Arc<EventFd>, token: u64) -> PollHandle {
         let index = self.slot();
         let op = &mut self.ops[to_usize(index)];
         op.iovs.clear();

@@ -8,7 +8,7 @@ use io_uring::types::{Fd, Fixed};
 use io_uring::{opcode, squeue};
 
 use crate::sys::buffer::AlignedBuf;
-use crate::sys::fd::Event;
+use crate::sys::fd::EventFd;
 use crate::sys::mmap::{GuestPin, advance};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,7 +36,7 @@ pub(super) enum Hold {
     Nothing,
     Guest(#[expect(dead_code, reason = "held, not read")] GuestPin),
     Buffer(AlignedBuf),
-    Event(Arc<Event>),
+    Event(Arc<EventFd>),
 }
 
 #[derive(Debug, Default)]

@@ -14,7 +14,7 @@ use std::sync::mpsc::sync_channel;
 use vhost::vhost_user::{BackendReqHandler, Error, Result, VhostUserVirtioFeatures};
 
 use crate::sync::{Arc, Mutex};
-use crate::sys::fd::Event;
+use crate::sys::fd::EventFd;
 use crate::sys::mmap::{GuestMemory, Region};
 use crate::virtio::blk;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
@@ -48,9 +48,9 @@ struct Vring {
     size: u16,
     base: u16,
     at: Option<RingHvas>,
-    kick: Option<Arc<Event>>,
-    call: Option<Arc<Event>>,
-    error: Option<Arc<Event>>,
+    kick: Option<Arc<EventFd>>,
+    call: Option<Arc<EventFd>>,
+    error: Option<Arc<EventFd>>,
     is_enabled: bool,
     running: Option<Running>,
 }

@@ -10,7 +10,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 
 use crate::sync::Arc;
-use crate::sys::fd::Event;
+use crate::sys::fd::EventFd;
 use crate::sys::mmap::Region;
 use crate::vhost_blk::mailbox::Message;
 use crate::virtio::blk;
@@ -32,8 +32,8 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Region> {
         .map_err(Error::ReqHandlerError)
 }
 
-fn adopt(file: Option<File>) -> Result<Option<Arc<Event>>> {
-    let event = file.map(|file| Event::adopt(file.into())).transpose();
+fn adopt(file: Option<File>) -> Result<Option<Arc<EventFd>>> {
+    let event = file.map(|file| EventFd::adopt(file.into())).transpose();
     Ok(event.map_err(Error::ReqHandlerError)?.map(Arc::new))
 }
 

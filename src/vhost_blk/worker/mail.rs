@@ -1,9 +1,10 @@
 //! Doing what other threads ask for: queues come and go, memory changes, work elsewhere ends.
 
+use std::rc::Rc;
 use std::sync::mpsc::SyncSender;
 
 use crate::sys::mmap::GuestPin;
-use crate::vhost_blk::lane::{Lane, LaneState, RingBase, signal};
+use crate::vhost_blk::lane::{Lane, LaneState, RingBase};
 use crate::vhost_blk::mailbox::{Done, LaneId, Message, Start};
 
 use super::{TOKEN_KICK, Worker, lane_mut};
@@ -29,7 +30,7 @@ impl Worker {
                 if let Some(lane) = lane_mut(&mut self.lanes, index) {
                     lane.call = call;
                     // What was published between the two may have gone to the old one.
-                    signal(lane.call.as_deref());
+                    lane.signal_call();
                 }
             }
             Message::Error {
@@ -40,7 +41,7 @@ impl Worker {
                     lane.error = error;
                     if matches!(lane.state, LaneState::Broken) {
                         // It broke before it could be reported there.
-                        signal(lane.error.as_deref());
+                        lane.signal_error();
                     }
                 }
             }
@@ -110,6 +111,7 @@ impl Worker {
             base: files.base.map(|(file, len)| RingBase { file, len }),
             files,
             poll: Some(poll),
+            caller: Rc::clone(&self.caller),
             call,
             error,
             in_flight: 0,

@@ -15,12 +15,14 @@ mod take;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
+use std::rc::Rc;
 use std::sync::mpsc::sync_channel;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::cowdisk::Segment;
 use crate::sync::{Arc, JoinHandle, spawn_named};
+use crate::sys::call::Caller;
 use crate::sys::clock;
 use crate::sys::mmap::GuestRun;
 use crate::sys::sigbus;
@@ -115,6 +117,7 @@ enum Parked {
 struct Worker {
     options: WorkerOptions,
     context: Context,
+    caller: Rc<Caller>,
     lanes: Vec<Option<Lane>>,
     /// Lanes to take from, in turn.
     ready: VecDeque<u32>,
@@ -157,6 +160,7 @@ impl Worker {
                 shard,
                 segments,
             },
+            caller: Rc::new(Caller::new()?),
             lanes: Vec::new(),
             ready: VecDeque::new(),
             dry: Vec::new(),
