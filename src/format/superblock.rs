@@ -55,10 +55,13 @@ struct Raw {
     image_seq: U64,
     image_len: U64,
     image_head: U32,
-    reserved: [u8; 3956],
+    known_crc: U32,
+    known_seq: U64,
+    reserved: [u8; 3944],
 }
 const _: () = assert!(size_of::<Raw>() == SUPERBLOCK_LEN);
 const _: () = assert!(std::mem::offset_of!(Raw, image_head) == 136);
+const _: () = assert!(std::mem::offset_of!(Raw, reserved) == 152);
 
 /// Where replay begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +72,15 @@ pub struct JournalStart {
     pub seq: u64,
     /// Checksum of the batch before it (0 before the first of all).
     pub prev_crc: u32,
+}
+
+/// A batch that is known to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownBatch {
+    /// Its sequence number; not 0.
+    pub seq: u64,
+    /// Its checksum.
+    pub crc: u32,
 }
 
 /// The checkpoint image in force. None before the first one is complete.
@@ -109,6 +121,10 @@ pub struct Superblock {
     pub start: JournalStart,
     /// The image replay begins from.
     pub image: Option<ImageRef>,
+    /// The last batch of the pool when it was opened for writing or, if it is clean, when it was
+    /// closed: a journal that ends before it has lost what was acknowledged. None before the first
+    /// batch, and in pools of releases that did not say.
+    pub known: Option<KnownBatch>,
 }
 
 impl Superblock {
@@ -156,6 +172,8 @@ impl Superblock {
         raw.image_seq = image.seq.into();
         raw.image_len = image.len.into();
         raw.image_head = image.head.into();
+        raw.known_seq = self.known.map_or(0, |known| known.seq).into();
+        raw.known_crc = self.known.map_or(0, |known| known.crc).into();
         raw.crc = crc32c(SALT, &[raw.as_bytes()]).into();
         zerocopy::transmute!(raw)
     }
@@ -237,6 +255,13 @@ impl Superblock {
             seq: raw.start_seq.get(),
             prev_crc: raw.start_prev_crc.get(),
         };
+        let known = match raw.known_seq.get() {
+            0 => None,
+            seq => Some(KnownBatch {
+                seq,
+                crc: raw.known_crc.get(),
+            }),
+        };
         let superblock = Superblock {
             uuid: raw.uuid,
             compat: raw.compat.get(),
@@ -250,6 +275,7 @@ impl Superblock {
             journal_half_len: raw.journal_half_len.get(),
             start,
             image,
+            known,
         };
         let half_len = superblock.journal_half_len;
         if !(JOURNAL_HALF_MIN..=JOURNAL_HALF_MAX).contains(&half_len)
@@ -261,16 +287,7 @@ impl Superblock {
         if first != JOURNAL_AT || second != JOURNAL_AT.saturating_add(half_len) {
             return Err(field("journal_half", second));
         }
-        // Counters that a life of writing never reaches, so that nothing ever overflows.
-        let counters = [
-            ("generation", superblock.generation),
-            ("start_seq", start.seq),
-            ("image_seq", image.map_or(0, |image| image.seq)),
-            ("open_epoch", u64::from(superblock.open_epoch) << 31),
-        ];
-        if let Some((name, value)) = counters.into_iter().find(|(_, n)| *n > COUNTER_MAX) {
-            return Err(field(name, value));
-        }
+        superblock.check_counters()?;
         if start.seq == 0 {
             return Err(field("start_seq", 0));
         }
@@ -284,6 +301,25 @@ impl Superblock {
             return Err(field("image_head", u64::from(raw.image_head.get())));
         }
         Ok(superblock)
+    }
+
+    /// Counters that a life of writing never reaches, so that nothing ever overflows.
+    fn check_counters(&self) -> Result<(), FormatError> {
+        let counters = [
+            ("generation", self.generation),
+            ("start_seq", self.start.seq),
+            ("image_seq", self.image.map_or(0, |image| image.seq)),
+            ("known_seq", self.known.map_or(0, |known| known.seq)),
+            ("open_epoch", u64::from(self.open_epoch) << 31),
+        ];
+        match counters.into_iter().find(|(_, n)| *n > COUNTER_MAX) {
+            Some((field, value)) => Err(FormatError::Field {
+                what: WHAT,
+                field,
+                value,
+            }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -312,6 +348,10 @@ pub(crate) mod tests {
                 seq: 8,
                 len: 12345,
                 head: 77,
+            }),
+            known: Some(KnownBatch {
+                seq: 10,
+                crc: 0xcafe,
             }),
         }
     }

@@ -18,8 +18,10 @@ pub struct Fault {
     pub what: String,
     /// What a repair does about it; `None` if it can do nothing.
     pub remedy: Option<String>,
-    /// What is lost by that, as far as the pool says.
+    /// What is lost by that, as far as the pool says, under the names that disks have today.
     pub lost: Vec<Lost>,
+    /// More may be lost than that: part of what would say it cannot be read.
+    pub may_miss: bool,
 }
 
 /// What a check found.
@@ -47,6 +49,7 @@ impl Report {
             what: what.into(),
             remedy: remedy.map(str::to_owned),
             lost: Vec::new(),
+            may_miss: false,
         });
     }
 }
@@ -175,7 +178,7 @@ fn check_superblocks(
 
 /// Where the journal breaks off, and what is lost from there on.
 fn check_journal(loaded: &Loaded, fault: &JournalFault, report: &mut Report) {
-    let Some(records) = &fault.lost else {
+    let Some(given_up) = &fault.lost else {
         let remedy = "the checkpoint image has what it said; nothing is lost";
         report.fault(plain(&fault.error), Some(remedy));
         return;
@@ -183,12 +186,12 @@ fn check_journal(loaded: &Loaded, fault: &JournalFault, report: &mut Report) {
     let remedy = "keeps everything before that batch; what it and later ones said is lost";
     report.fault(plain(&fault.error), Some(remedy));
     if let Some(last) = report.faults.last_mut() {
-        last.lost = said_by(loaded, records);
+        last.lost = said_by(loaded, &given_up.records);
+        last.may_miss = !given_up.is_whole;
     }
-    for name in changed_rows(loaded, records) {
-        let what = "may have had another name, size or other settings";
-        report.remarks.push(format!("`{name}` {what}"));
-    }
+    report
+        .remarks
+        .extend(changed_rows(loaded, &given_up.records));
 }
 
 fn check_catalogue(loaded: &Loaded, report: &mut Report) {

@@ -244,11 +244,11 @@ impl Pool {
     /// takes no place in the journal.
     pub(super) fn lead_for<T>(
         &self,
-        change: impl FnOnce() -> Result<T, PoolError>,
+        change: impl FnOnce(&Journal) -> Result<T, PoolError>,
     ) -> Result<T, PoolError> {
         self.check_writable()?;
-        let _leader = self.lead_alone(0)?;
-        change()
+        let mut leader = self.lead_alone(0)?;
+        change(leader.journal())
     }
 
     /// Takes the lead, with as many bytes for a batch as `room` says then; `None` once a round that

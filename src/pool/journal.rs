@@ -7,7 +7,7 @@ use crate::format::FormatError;
 use crate::format::journal::{
     BatchHeader, BatchWriter, HEADER_LEN, Record, SLOT_LEN, Stamp, decode_batch, decode_header,
 };
-use crate::format::superblock::{JournalStart, Superblock};
+use crate::format::superblock::{JournalStart, KnownBatch, Superblock};
 use crate::format::units::{BLOCK, index, len_of};
 use crate::storage::{AlignedBuf, Storage};
 use std::collections::BTreeMap;
@@ -43,6 +43,8 @@ pub struct Journal {
     image_seq: u64,
     /// Byte and length of the last batch read or written.
     last: Option<(u64, u64)>,
+    /// A batch that must be there.
+    known: Option<KnownBatch>,
 }
 
 impl Journal {
@@ -67,6 +69,7 @@ impl Journal {
             prev_crc: start.prev_crc,
             image_seq: superblock.image.map_or(0, |image| image.seq),
             last: None,
+            known: superblock.known,
         }
     }
 
@@ -79,6 +82,19 @@ impl Journal {
     #[must_use]
     pub fn last_seq(&self) -> u64 {
         self.next_seq - 1
+    }
+
+    /// The last batch; `None` before the first.
+    #[must_use]
+    pub fn last_batch(&self) -> Option<KnownBatch> {
+        let (seq, crc) = (self.last_seq(), self.prev_crc);
+        (seq > 0).then_some(KnownBatch { seq, crc })
+    }
+
+    /// The last batch that the superblock says there was; 0 if it says nothing.
+    #[must_use]
+    pub fn known_seq(&self) -> u64 {
+        self.known.map_or(0, |known| known.seq)
     }
 
     /// Bytes left in the active half.
@@ -178,8 +194,8 @@ impl Journal {
     /// written. Of batches that an image covers, nothing is returned.
     ///
     /// # Errors
-    /// The store failed, or a later batch is intact although this one is not: then the journal is
-    /// damaged, and stopping here would lose what was acknowledged.
+    /// The store failed; a later batch is intact although this one is not, or the superblock knows of
+    /// this one: then the journal is damaged, and stopping here would lose what was acknowledged.
     pub fn replay_next(&mut self, storage: &dyn Storage) -> Result<Option<Vec<Record>>, PoolError> {
         let found = match self.read_here(storage)? {
             Some(found) => Some(found),
@@ -193,8 +209,23 @@ impl Journal {
         let Some((header, records)) = found else {
             self.refuse_if_later(storage, self.active, self.used)?;
             self.refuse_if_later(storage, 1 - self.active, 0)?;
-            return Ok(None);
+            return match self.last_seq() < self.known_seq() {
+                true => Err(PoolError::damaged(format!(
+                    "journal batch {} cannot be read, but the pool had batch {} when it was last \
+                     opened or closed",
+                    self.next_seq,
+                    self.known_seq()
+                ))),
+                false => Ok(None),
+            };
         };
+        let is_other = |known: KnownBatch| known.seq == self.next_seq && known.crc != header.crc;
+        if self.known.is_some_and(is_other) {
+            return Err(PoolError::damaged(format!(
+                "journal batch {} is not the one that the pool had when it was last opened or closed",
+                self.next_seq
+            )));
+        }
         let is_covered = self.next_seq <= self.image_seq;
         self.advance(header.len, header.crc);
         Ok(Some(if is_covered { Vec::new() } else { records }))
@@ -301,7 +332,7 @@ impl Journal {
     ///
     /// # Errors
     /// The store failed.
-    pub fn intact_from(&self, storage: &dyn Storage, seq: u64) -> Result<Vec<Record>, PoolError> {
+    pub fn intact_from(&self, storage: &dyn Storage, seq: u64) -> Result<GivenUp, PoolError> {
         let mut batches = BTreeMap::new();
         self.search(storage, seq).all(&mut |found| {
             let Stamp {
@@ -309,7 +340,14 @@ impl Journal {
             } = found.stamp;
             batches.insert((seq, open_epoch), found.records);
         })?;
-        Ok(batches.into_values().flatten().collect())
+        let follow = |((one, _), n): (&(u64, u32), u64)| *one == n;
+        let is_whole = !batches.is_empty() && batches.keys().zip(seq..).all(follow);
+        let last = batches.keys().last().map_or(0, |(seq, _)| *seq);
+        Ok(GivenUp {
+            first: seq,
+            is_whole: is_whole && last >= self.known_seq(),
+            records: batches.into_values().flatten().collect(),
+        })
     }
 
     /// The highest number of a whole batch of this pool, wherever it is; 0 if there is none.
@@ -362,6 +400,17 @@ impl Journal {
             min_seq,
         }
     }
+}
+
+/// What batches say that replay cannot reach.
+#[derive(Debug, Default)]
+pub struct GivenUp {
+    /// Number of the first one that is given up.
+    pub first: u64,
+    /// Every batch from there on that is known of can be read.
+    pub is_whole: bool,
+    /// Of those that can be read, in their order.
+    pub records: Vec<Record>,
 }
 
 /// First 8 bytes of a pool's uuid: marks its batches and image blocks.

@@ -4,7 +4,7 @@ use super::catalogue::Catalogue;
 use super::counts::Counts;
 use super::error::PoolError;
 use super::image::{self, Loader};
-use super::journal::{Journal, uuid_low};
+use super::journal::{GivenUp, Journal, uuid_low};
 use super::map::Zeros;
 use super::volume::Volume;
 use crate::format::FormatError;
@@ -116,7 +116,7 @@ pub(super) struct JournalFault {
     pub error: PoolError,
     /// What whole batches from there on say, which were not replayed. `None` if the image covers
     /// what cannot be read, and nothing is known to be missing.
-    pub lost: Option<Vec<Record>>,
+    pub lost: Option<GivenUp>,
 }
 
 /// Loads the image and replays the journal, as far as it can be.
@@ -176,8 +176,9 @@ fn load_before(
         let mut lost = None;
         if !goes_on {
             let next = (journal.last_seq() + 1).max(journal.image_seq().saturating_add(1));
-            let records = journal.intact_from(storage, next)?;
-            lost = (!is_covered || !records.is_empty()).then_some(records);
+            let given_up = journal.intact_from(storage, next)?;
+            let is_all = is_covered && journal.known_seq() < next && given_up.records.is_empty();
+            lost = (!is_all).then_some(given_up);
         }
         journal_faults.push(JournalFault { error, lost });
         if !goes_on {

@@ -31,6 +31,7 @@ impl Lost {
 
 /// A disk that records may be about.
 struct Known {
+    /// The last it had.
     name: String,
     family: DiskId,
     /// Bytes; the most it had.
@@ -59,6 +60,7 @@ fn known(loaded: &Loaded, records: &[Record]) -> BTreeMap<DiskId, Known> {
                 is_new: true,
             });
             entry.size = entry.size.max(row.size);
+            entry.name.clone_from(&row.name);
         }
     }
     known
@@ -128,20 +130,24 @@ pub(super) fn join(parts: Vec<Lost>) -> Vec<Lost> {
     joined.into_iter().map(part).collect()
 }
 
-/// Disks whose names, sizes or settings `records` change.
+/// What becomes of disks whose names, sizes or settings `records` change: a line for each.
 pub(super) fn changed_rows(loaded: &Loaded, records: &[Record]) -> Vec<String> {
-    let names: BTreeMap<DiskId, String> = records
-        .iter()
-        .filter_map(|record| match record {
-            Record::Row(row) => loaded.catalogue.get(row.id),
-            Record::Map { .. }
-            | Record::Unmap { .. }
-            | Record::Fork { .. }
-            | Record::Delete { .. } => None,
+    let mut changed: BTreeMap<DiskId, &str> = BTreeMap::new();
+    for record in records {
+        if let Record::Row(row) = record {
+            changed.insert(row.id, &row.name);
+        }
+    }
+    let line = |(id, today): (DiskId, &str)| {
+        let before = &loaded.catalogue.get(id)?.row.name;
+        Some(match before == today {
+            true => format!("`{before}` goes back to the size and settings it had before"),
+            false => {
+                format!("`{today}` goes back to the name, size and settings it had as `{before}`")
+            }
         })
-        .map(|item| (item.row.id, item.row.name.clone()))
-        .collect();
-    names.into_values().collect()
+    };
+    changed.into_iter().filter_map(line).collect()
 }
 
 /// Entries whose clusters `records` give to another place: what is there now is not theirs.

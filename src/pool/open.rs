@@ -111,6 +111,7 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), Pool
             prev_crc: 0,
         },
         image: None,
+        known: None,
     };
     let storing = || PoolError::storage("creating the pool");
     fit(storage, len)?;
@@ -255,6 +256,7 @@ impl Pool {
         let mut superblock = self.superblock();
         superblock.open_epoch += 1;
         superblock.is_clean = false;
+        superblock.known = self.lead_for(|journal| Ok(journal.last_batch()))?;
         self.write_superblock(superblock)
     }
 
@@ -287,11 +289,12 @@ impl Pool {
         self.write_owner_note("")?;
         self.mark_written();
         self.flush()?;
-        self.lead_for(|| {
+        self.lead_for(|journal| {
             let volumes: Vec<_> = self.items().into_iter().map(|item| item.volume).collect();
             let _gates = ClosedGates::close(&volumes);
             let mut superblock = self.superblock();
             superblock.is_clean = true;
+            superblock.known = journal.last_batch();
             self.write_superblock(superblock)?;
             self.ended.get_or_init(|| Ended::Closed);
             Ok(())

@@ -81,7 +81,7 @@ pub(super) fn mend(loaded: &mut Loaded, said: Said<'_>) -> Result<Space, PoolErr
         .journal_faults
         .iter()
         .filter_map(|fault| fault.lost.as_ref())
-        .flat_map(|records| given_away(loaded, records))
+        .flat_map(|given_up| given_away(loaded, &given_up.records))
         .collect();
     if !lost.is_empty() {
         let parts = lost.iter().flat_map(|fault| put(loaded, fault, ZEROS));

@@ -33,7 +33,7 @@ impl Pool {
             self.punch_written(u32::MAX)?;
         }
         // Whoever leads is alone: two at once would each go by what the other is changing.
-        self.lead_for(|| {
+        self.lead_for(|_| {
             let now = self.superblock().cluster_count;
             if count >= now {
                 self.grow(now, count)

@@ -180,6 +180,7 @@ impl Dump {
                 prev_crc: 0,
             },
             image: None,
+            known: None,
         };
         // Checks what every superblock is checked for.
         let superblock = Superblock::decode(&superblock.encode())?;

@@ -54,6 +54,7 @@ pub(super) fn rewrite(
         prev_crc: 0,
     };
     loaded.superblock.image = None;
+    loaded.superblock.known = None;
     loaded.journal = Journal::new(&loaded.superblock);
     let options = OpenOptions::default();
     let pool = Pool::assemble(Arc::clone(storage), loaded, space, &options);

@@ -206,3 +206,64 @@ fn many_records_that_are_lost_are_told_soon() {
         "{took:?}; 34 s were seen, and most of that by the square"
     );
 }
+
+/// A bit of the last batch of a pool that was closed, or only opened since, was taken for a batch that
+/// a crash had cut off: the disk was gone, and nothing at fault.
+#[test]
+fn the_last_batch_of_a_closed_pool_is_missed() {
+    let storage = empty(POOL_LEN);
+    let pool = opened(&storage);
+    drop(disk(&pool, "a", CLUSTER));
+    drop(disk(&pool, "precious", CLUSTER));
+    pool.close().expect("closes");
+    drop(pool);
+    let (last, ..) = *batches(&storage).last().expect("some");
+    let is_opened_again = |store: &Arc<SimStorage>| drop(opened(store));
+    for (what, then) in [
+        ("closed", None),
+        (
+            "opened",
+            Some(&is_opened_again as &dyn Fn(&Arc<SimStorage>)),
+        ),
+    ] {
+        let bad = copy(&storage);
+        then.inspect(|then| then(&bad));
+        let mut block = vec![0; 4096];
+        bad.read_at(&mut block, last).expect("reads");
+        block[70] ^= 1;
+        bad.write_durable_at(&block, last).expect("writes");
+        let refused = try_open(&bad).map(|_| ()).expect_err(what);
+        assert!(refused.to_string().contains("cannot be read"), "{refused}");
+        let found = faults(&bad);
+        assert!(found.len() == 1 && found[0].may_miss, "{what}: {found:?}");
+        mend(&bad);
+        goes_on(&bad, what);
+    }
+}
+
+/// What follows a batch that cannot be read is said under the names that disks have since.
+#[test]
+fn what_is_lost_has_the_name_of_today() {
+    let storage = empty(POOL_LEN);
+    let pool = opened(&storage);
+    for name in ["a", "b", "x"] {
+        drop(disk(&pool, name, CLUSTER));
+    }
+    cowdisk::rename(&pool, "x", "production-db").expect("renames");
+    cowdisk::rename(&pool, "a", "old").expect("renames");
+    pool.close().expect("closes");
+    drop(pool);
+    let (second, ..) = batches(&storage)[1];
+    storage
+        .write_durable_at(&[0; 4096], second)
+        .expect("writes");
+    let report = check(&*storage).expect("reads");
+    let [fault] = &report.faults[..] else {
+        panic!("{:?}", report.faults)
+    };
+    let names: Vec<&str> = fault.lost.iter().map(|lost| &*lost.disk).collect();
+    assert_eq!(names, ["production-db"]);
+    assert!(fault.may_miss, "the batch of `b` cannot be read");
+    let said = |what: &str| report.remarks.iter().any(|line| line.contains(what));
+    assert!(said("`old` goes back"), "{:?}", report.remarks);
+}

@@ -80,7 +80,10 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
         .map(|fault| {
             let lost = |lost: &Lost| json!({ "disk": lost.disk, "offset": lost.offset, "bytes": lost.len });
             let lost: Vec<Value> = fault.lost.iter().map(lost).collect();
-            json!({ "what": fault.what, "remedy": fault.remedy, "lost": lost })
+            json!({
+                "what": fault.what, "remedy": fault.remedy, "lost": lost,
+                "lost_may_miss": fault.may_miss,
+            })
         })
         .collect();
     let json = json!({
@@ -112,6 +115,9 @@ fn lost(fault: &Fault) -> String {
         text.push_str(&format!(
             "  lost: {more} more parts (--output json has them)\n"
         ));
+    }
+    if fault.may_miss {
+        text.push_str("  lost: perhaps more, which only what cannot be read would name\n");
     }
     text
 }
