@@ -8,7 +8,7 @@ mod common;
 use common::{CLUSTER, POOL_LEN, SUB, begin_write, bytes, disk, empty, enter, fresh, opened, read};
 use std::sync::Arc;
 use std::task::Waker;
-use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Step};
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Step, WritePlan};
 use tidepool::pool::dump;
 use tidepool::storage::sim::Op;
 use tidepool::storage::{SimStorage, Storage};
@@ -73,7 +73,7 @@ fn discards_during_a_write_are_counted() {
         let discard = enter(&d);
         let step = d.plan_discard(&discard, SUB, SUB, Waker::noop());
         drop(discard);
-        if matches!(step, Ok(Step::Busy)) {
+        if matches!(step.map(|planned| planned.step), Ok(Step::Busy)) {
             assert_eq!(n, 255, "one for each number");
             common::move_bytes(&d, &plan, &data);
             d.complete_write(&mut plan, true);
@@ -197,6 +197,7 @@ fn structural_changes_fit_the_journal_however_many_rows_they_write() {
     let pool = opened(&storage);
     let busy = disk(&pool, "busy", 1 << 30);
     let fill = |busy: &Disk| {
+        let mut plan = WritePlan::default();
         for n in 0..300 {
             busy.write_at(&bytes(1, SUB), n * 64 * CLUSTER)
                 .expect("writes");
@@ -205,7 +206,7 @@ fn structural_changes_fit_the_journal_however_many_rows_they_write() {
             let pass = enter(busy);
             let waker = Waker::noop();
             let at = (n % 1000) * 64 * CLUSTER + CLUSTER * (n / 1000 + 2);
-            busy.plan_zeroes(&pass, at, SUB, true, waker)
+            busy.plan_zeroes(&pass, at, SUB, true, &mut plan, waker)
                 .expect("zeroes");
         }
     };

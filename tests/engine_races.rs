@@ -298,3 +298,36 @@ fn a_flattening_waits_for_the_writes_in_a_cluster() {
     let expected = [written, bytes(7, CLUSTER - SUB)].concat();
     assert!(read(&d, 0, CLUSTER) == expected);
 }
+
+/// Which part of the range was whole blocks was found out before the requests for it were begun; the
+/// disk then no longer ended there.
+#[test]
+fn zeroes_to_the_end_of_a_disk_that_grows() {
+    const START: u64 = 64 * SUB + 512;
+    let (_storage, pool) = fresh();
+    let d = disk(&pool, "d", START);
+    let grower = {
+        let pool = Arc::clone(&pool);
+        let grow = move || {
+            for n in 1..=10_000 {
+                cowdisk::resize(&pool, "d", START + n * 512, false).expect("grows");
+            }
+        };
+        spawn_named("grower", grow).expect("a thread")
+    };
+    let mut rounds = 0_u32;
+    while rounds == 0 || !grower.is_finished() {
+        let end = d.size();
+        let from = end / SUB * SUB - 8 * SUB;
+        if rounds.is_multiple_of(64) {
+            d.write_at(&bytes(7, end - from), from).expect("writes");
+        }
+        d.write_zeroes(from, end - from, rounds.is_multiple_of(2))
+            .expect("zeroes");
+        if rounds.is_multiple_of(64) {
+            assert_eq!(read(&d, from, end - from), bytes(0, end - from));
+        }
+        rounds += 1;
+    }
+    grower.join().expect("no panic");
+}

@@ -2,8 +2,8 @@
 //! requests take effect in some order that agrees with time, whatever else is done to the disk.
 //!
 //! Method: threads write unique values and read, blocking and several in flight at once, discard,
-//! zero, fork, snapshot and reclaim one small disk, so that nearly everything overlaps; each writes
-//! down when its requests began and ended. A checker then looks for an order (`common/history.rs`);
+//! zero, fork, snapshot, enlarge and reclaim one small disk, so that nearly everything overlaps; each
+//! writes down when its requests began and ended. A checker then looks for an order (`common/history.rs`);
 //! it is itself tried on histories that are right and wrong. In the end the pool loses power, and
 //! what was flushed must be there.
 //!
@@ -37,7 +37,7 @@ fn actor(
     spawn_named("actor", move || body(&world, &disk)).expect("a thread")
 }
 
-/// One pool, used by seven threads; how many reads were checked.
+/// One pool, used by eight threads; how many reads were checked.
 fn round(seed: u64) -> usize {
     let (storage, pool) = fresh();
     let background = pool.start_background().expect("a thread");
@@ -52,7 +52,7 @@ fn round(seed: u64) -> usize {
             })
         })
         .collect();
-    let (discards, forks, reclaims) = (random(4), random(5), random(6));
+    let (discards, forks, reclaims, growths) = (random(4), random(5), random(6), random(7));
     actors.push(actor(&world, &d, move |world, disk| {
         overlap::discard(world, disk, discards, STEPS);
     }));
@@ -61,6 +61,9 @@ fn round(seed: u64) -> usize {
     }));
     actors.push(actor(&world, &d, move |world, _| {
         overlap::reclaim(world, reclaims, STEPS / 10);
+    }));
+    actors.push(actor(&world, &d, move |world, _| {
+        overlap::grow(world, growths, STEPS / 5);
     }));
     for actor in actors {
         actor

@@ -71,7 +71,7 @@ fn fill_all(disk: &Disk, value: u8) -> u64 {
         match step.expect("legal") {
             Step::Ready => {}
             Step::Full => return at,
-            Step::Done | Step::Copy(_) | Step::Blocking | Step::Busy => panic!("whole clusters"),
+            Step::Done | Step::Copy(_) | Step::Busy => panic!("whole clusters"),
         }
         common::move_bytes(disk, &plan, &data);
         disk.complete_write(&mut plan, true);

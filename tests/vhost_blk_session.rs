@@ -23,6 +23,8 @@ mod host;
 mod hostile;
 #[path = "vhost_blk/lost.rs"]
 mod lost;
+#[path = "vhost_blk/pools.rs"]
+mod pools;
 #[path = "common/random.rs"]
 mod random;
 #[path = "vhost_blk/session.rs"]

@@ -1,107 +1,177 @@
-//! Discarding and zeroing: changes of the map alone.
+//! Discarding and zeroing: changes of the map, and zeros written over parts of blocks.
+//!
+//! Each call does the first part of a range: a bounded number of clusters, or the part of a block at
+//! an end of it. Where a range is cut depends on where the disk ends, so that is found out with the
+//! map locked, part by part: the disk may grow between two of them.
 
 use super::disk::Disk;
 use super::error::DiskError;
 use super::pass::Pass;
-use super::write::Step;
+use super::plan::Source;
+use super::write::{Step, WritePlan};
 use crate::format::journal::Entry;
-use crate::format::units::{ClusterSize, Lcn};
+use crate::format::units::{ClusterSize, Lcn, bytes_of};
+use crate::pool::busy::Busy;
+use crate::pool::entry::Place;
 use crate::pool::volume::Map;
+use crate::sync::RwLockWriteGuard;
 use std::ops::Range;
 use std::task::Waker;
 
-/// Most clusters of the disk that are unmapped before others get at the map: 4 GiB at 64 KiB.
-const CLUSTERS_PER_TURN: u32 = 65536;
+/// Most clusters of the disk that one call unmaps: whole leaves of the map cost little each.
+const UNMAPPED_MAX: u32 = 4096;
+/// Most clusters of the disk that one call makes zeros one by one.
+const ZEROED_MAX: u32 = 128;
+
+/// What a call of [`Disk::plan_discard`] or [`Disk::plan_zeroes`] came to.
+#[derive(Debug)]
+pub struct ZeroStep {
+    /// [`Step::Done`]: go on after `len` bytes. [`Step::Ready`], for zeroes only: write zeros to
+    /// the plan's segments, then [`Disk::complete_write`], then go on after `len` bytes. Anything
+    /// else: as for a write; nothing is done yet.
+    pub step: Step,
+    /// Bytes from the start of the range; 0 where nothing is done yet.
+    pub len: u64,
+}
+
+impl ZeroStep {
+    fn done(len: u64) -> Self {
+        let step = Step::Done;
+        Self { step, len }
+    }
+
+    fn stopped(step: Step) -> Self {
+        Self { step, len: 0 }
+    }
+}
+
+/// The beginning of a range.
+enum Part {
+    /// Less than a block, and all of the range that is in it.
+    Edge(Range<u64>),
+    /// Whole blocks.
+    Blocks(Range<u64>),
+}
 
 impl Disk {
-    /// Unmaps the whole blocks in `[offset, offset + len)`: they read as zeros, and clusters that
-    /// are covered whole are given back. [`Step::Done`] or [`Step::Busy`].
+    /// Unmaps the first whole blocks in `[offset, offset + len)`, as many as one call does: they read
+    /// as zeros, and clusters that are covered whole are given back. Parts of blocks at the ends
+    /// are left as they are. [`Step::Done`] or [`Step::Busy`].
     ///
     /// # Errors
     /// Out of range, read-only, deleted, or poisoned.
     pub fn plan_discard(
         &self,
-        pass: &Pass,
+        _pass: &Pass,
         offset: u64,
         len: u64,
         waker: &Waker,
-    ) -> Result<Step, DiskError> {
-        self.check_can_change(offset, len)?;
-        let (_, body, _) = self.split_blocks(offset, len);
-        self.zero_blocks(pass, body, true, waker)
+    ) -> Result<ZeroStep, DiskError> {
+        let map = self.lock_for_zeroes(offset, len)?;
+        match self.first_part(&map, offset, len) {
+            Part::Edge(edge) => Ok(ZeroStep::done(edge.end - edge.start)),
+            Part::Blocks(blocks) => Ok(self.zero_blocks(map, blocks, true, waker)),
+        }
     }
 
-    /// Makes `[offset, offset + len)` read as zeros. [`Step::Done`], [`Step::Busy`], or
-    /// [`Step::Blocking`] if it does not begin and end at whole blocks.
+    /// Makes the beginning of `[offset, offset + len)` read as zeros: as much as one call does, which
+    /// is bounded. `plan` is for the part of a block at an end of the range, which is written like
+    /// any other bytes; it is cleared first.
     ///
     /// # Errors
-    /// As [`Disk::plan_discard`].
+    /// As [`Disk::plan_write`].
     pub fn plan_zeroes(
         &self,
         pass: &Pass,
         offset: u64,
         len: u64,
         may_unmap: bool,
+        plan: &mut WritePlan,
         waker: &Waker,
-    ) -> Result<Step, DiskError> {
-        self.check_can_change(offset, len)?;
-        let (_, body, _) = self.split_blocks(offset, len);
-        if body != (offset..offset + len) {
-            return Ok(Step::Blocking);
+    ) -> Result<ZeroStep, DiskError> {
+        let map = self.lock_for_zeroes(offset, len)?;
+        let edge = match self.first_part(&map, offset, len) {
+            Part::Edge(edge) => edge,
+            Part::Blocks(blocks) => return Ok(self.zero_blocks(map, blocks, may_unmap, waker)),
+        };
+        let edge_len = edge.end - edge.start;
+        if self.is_zero(&map, edge.start) {
+            return Ok(ZeroStep::done(edge_len));
         }
-        self.zero_blocks(pass, body, may_unmap, waker)
+        // The pass keeps the disk's size as it is: whoever changes it drains the disk.
+        drop(map);
+        let bytes = u32::try_from(edge_len).expect("less than a block");
+        match self.plan_write(pass, edge.start, bytes, plan, waker)? {
+            step @ (Step::Ready | Step::Done) => Ok(ZeroStep {
+                step,
+                len: edge_len,
+            }),
+            step @ (Step::Copy(_) | Step::Busy | Step::Full) => Ok(ZeroStep::stopped(step)),
+        }
     }
 
-    fn check_can_change(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+    fn lock_for_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+    ) -> Result<RwLockWriteGuard<'_, Map>, DiskError> {
         if self.is_read_only() {
             return Err(DiskError::ReadOnly { name: self.name() });
         }
         self.pool().check_poison()?;
-        self.check_range(&self.volume().map.read(), offset, len)
+        let map = self.volume().map.write();
+        self.check_range(&map, offset, len)?;
+        Ok(map)
     }
 
-    /// `[offset, offset + len)` as a part of a block, whole blocks, and a part of a block. The end
-    /// of the disk counts as the end of a block.
-    pub(super) fn split_blocks(
-        &self,
-        offset: u64,
-        len: u64,
-    ) -> (Range<u64>, Range<u64>, Range<u64>) {
+    /// The end of the disk counts as the end of a block.
+    fn first_part(&self, map: &Map, offset: u64, len: u64) -> Part {
         let block = u64::from(self.block_size());
         let end = offset + len;
-        let body_start = offset.next_multiple_of(block).min(end);
-        let is_disk_end = end == self.size();
-        let body_end = if is_disk_end {
+        let block_end = offset.next_multiple_of(block);
+        if block_end > offset {
+            return Part::Edge(offset..block_end.min(end));
+        }
+        let whole = if end == map.size {
             end
         } else {
-            (end / block * block).max(body_start)
+            end / block * block
         };
-        (offset..body_start, body_start..body_end, body_end..end)
+        if whole > offset {
+            Part::Blocks(offset..whole)
+        } else {
+            Part::Edge(offset..end)
+        }
+    }
+
+    /// Whether the block around byte `at` holds nothing but zeros, and no write that has ended says
+    /// otherwise: one that is under way comes after.
+    fn is_zero(&self, map: &Map, at: u64) -> bool {
+        let size = self.pool().cluster_size();
+        let (lcn, within) = size.split(at);
+        let sub = within / self.block_size();
+        let place = map.get(lcn).place(sub);
+        !matches!(place, Place::Pool(_)) && self.sub_source(map, lcn, place, sub) == Source::Zero
     }
 
     fn zero_blocks(
         &self,
-        _pass: &Pass,
-        body: Range<u64>,
+        mut map: RwLockWriteGuard<'_, Map>,
+        blocks: Range<u64>,
         may_unmap: bool,
         waker: &Waker,
-    ) -> Result<Step, DiskError> {
+    ) -> ZeroStep {
         let size = self.pool().cluster_size();
-        let turn = u64::from(CLUSTERS_PER_TURN) * size.bytes();
-        let mut from = body.start;
-        while from < body.end {
-            let to = body.end.min((from / turn + 1) * turn);
-            let mut map = self.volume().map.write();
-            self.check_range(&map, from, to - from)?;
-            if must_wait(&map, size, from..to) {
-                map.waiting.push(waker.clone());
-                return Ok(Step::Busy);
-            }
-            self.zero_in_map(&mut map, from..to, may_unmap);
-            self.pool().list_changes(self.volume(), &mut map);
-            from = to;
+        let most = if may_unmap { UNMAPPED_MAX } else { ZEROED_MAX };
+        let turn = u64::from(most) * size.bytes();
+        let to = blocks.end.min((blocks.start / turn + 1) * turn);
+        if must_wait(&map, size, blocks.start..to) {
+            map.waiting.push(waker.clone());
+            return ZeroStep::stopped(Step::Busy);
         }
-        Ok(Step::Done)
+        self.zero_in_map(&mut map, blocks.start..to, may_unmap);
+        self.pool().list_changes(self.volume(), &mut map);
+        ZeroStep::done(to - blocks.start)
     }
 
     fn zero_in_map(&self, map: &mut Map, range: Range<u64>, may_unmap: bool) {
@@ -178,7 +248,12 @@ impl Disk {
 /// since writes to it began.
 fn must_wait(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
     let (first, last) = (size.split(range.start).0.0, size.split(range.end - 1).0.0);
-    map.busy.iter().any(|(lcn, busy)| {
-        (busy.is_exclusive || !busy.can_discard()) && (first..=last).contains(lcn)
-    })
+    let is_in_the_way = |busy: &Busy| busy.is_exclusive || !busy.can_discard();
+    // Whichever is less to look at.
+    if u64::from(last - first) < bytes_of(map.busy.len()) {
+        return (first..=last).any(|lcn| map.busy.get(&lcn).is_some_and(is_in_the_way));
+    }
+    map.busy
+        .iter()
+        .any(|(lcn, busy)| (first..=last).contains(lcn) && is_in_the_way(busy))
 }

@@ -1,6 +1,7 @@
 //! A handle on an open disk or snapshot, and its blocking face.
 
 use super::base::Base;
+use super::discard::ZeroStep;
 use super::error::DiskError;
 use super::pass::Pass;
 use super::plan::{Segment, Source};
@@ -288,8 +289,7 @@ impl Disk {
     }
 
     /// Plans again and again, doing between what the plan asks for and waiting where it must, until
-    /// it is [`Step::Ready`], [`Step::Done`] or [`Step::Blocking`]; with the pass it was planned
-    /// under.
+    /// it is [`Step::Ready`] or [`Step::Done`]; with the pass it was planned under.
     pub(super) fn settle(
         &self,
         waker: &Waker,
@@ -311,7 +311,7 @@ impl Disk {
                     self.pool().reclaim()?;
                     has_reclaimed = true;
                 }
-                step @ (Step::Ready | Step::Done | Step::Blocking) => return Ok((pass, step)),
+                step @ (Step::Ready | Step::Done) => return Ok((pass, step)),
             }
         }
     }
@@ -330,8 +330,9 @@ impl Disk {
     /// # Errors
     /// Out of range, read-only, or deleted.
     pub fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        self.zero_blocking(|pass, waker| self.plan_discard(pass, offset, len, waker))?;
-        self.relieve()
+        self.zero_parts(offset, len, |pass, at, left, _plan, waker| {
+            self.plan_discard(pass, at, left, waker)
+        })
     }
 
     /// Makes every byte of `[offset, offset + len)` read as zero. `may_unmap` lets whole clusters
@@ -340,33 +341,45 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write_at`].
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), DiskError> {
+        self.zero_parts(offset, len, |pass, at, left, plan, waker| {
+            self.plan_zeroes(pass, at, left, may_unmap, plan, waker)
+        })
+    }
+
+    /// Part by part: nothing that one plan was based on is relied on in the next.
+    fn zero_parts(
+        &self,
+        offset: u64,
+        len: u64,
+        plan_part: impl Fn(&Pass, u64, u64, &mut WritePlan, &Waker) -> Result<ZeroStep, DiskError>,
+    ) -> Result<(), DiskError> {
         self.check_request(offset, len)?;
-        let (head, body, tail) = self.split_blocks(offset, len);
-        let zeros = vec![0; len_of(u64::from(self.block_size()))];
-        for edge in [head, tail] {
-            if edge.start < edge.end {
-                self.write_at(&zeros[..len_of(edge.end - edge.start)], edge.start)?;
-            }
-        }
-        if body.start < body.end {
-            let len = body.end - body.start;
-            self.zero_blocking(|pass, waker| {
-                self.plan_zeroes(pass, body.start, len, may_unmap, waker)
+        let waker = thread_waker();
+        let mut plan = WritePlan::default();
+        let mut done = 0;
+        while done < len {
+            let mut part = 0;
+            let (_pass, step) = self.settle(&waker, |pass, waker| {
+                let planned = plan_part(pass, offset + done, len - done, &mut plan, waker)?;
+                part = planned.len;
+                Ok(planned.step)
             })?;
+            if matches!(step, Step::Ready) {
+                self.write_zero_segments(&mut plan)?;
+            }
+            done += part;
         }
         self.relieve()
     }
 
-    fn zero_blocking(
-        &self,
-        plan: impl Fn(&Pass, &Waker) -> Result<Step, DiskError>,
-    ) -> Result<(), DiskError> {
-        let (_pass, step) = self.settle(&thread_waker(), plan)?;
-        assert!(
-            matches!(step, Step::Done),
-            "whole blocks become zeros without I/O"
-        );
-        Ok(())
+    /// Writes zeros where a plan says, and ends it.
+    fn write_zero_segments(&self, plan: &mut WritePlan) -> Result<(), DiskError> {
+        let zeros = AlignedBuf::new(len_of(u64::from(self.block_size())));
+        let written = plan.segments().iter().try_for_each(|segment| {
+            self.write_segment(&zeros[..len_of(u64::from(segment.len))], segment)
+        });
+        self.complete_write(plan, written.is_ok());
+        written.map_err(DiskError::io("writing the pool"))
     }
 
     /// Makes everything that completed before durable: all disks of the pool share one commit.

@@ -59,6 +59,7 @@ pub use base::Base;
 pub use commit_base::commit_to_base;
 pub use copy::CopyJob;
 pub use diff::{Comparison, diff};
+pub use discard::ZeroStep;
 pub use disk::Disk;
 pub use error::{DiskError, DiskErrorKind, Interrupted};
 pub use extents::{Extent, ExtentKind};

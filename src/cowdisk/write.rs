@@ -31,8 +31,6 @@ pub enum Step {
     Done,
     /// Run [`Disk::run_copy`], pass in hand, where blocking is allowed; then plan again.
     Copy(CopyJob),
-    /// Give the pass back, and use the blocking face where blocking is allowed.
-    Blocking,
     /// Another request is in the way: give the pass back, and plan again when woken.
     Busy,
     /// The pool is full: give the pass back, and plan again when woken, or give up.

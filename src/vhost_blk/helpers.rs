@@ -1,4 +1,4 @@
-//! Threads for what would hold a worker up: copies, unaligned zeroing, reads of bases that are no
+//! Threads for what would hold a worker up: copies, reads of bases that are no
 //! plain file, and flushes.
 
 use std::collections::VecDeque;
@@ -7,11 +7,10 @@ use std::io;
 use crate::cowdisk::{Base, CopyJob, Disk, DiskError, DiskErrorKind};
 use crate::sync::{Arc, Condvar, JoinHandle, Mutex, spawn_named};
 use crate::sys::buffer::AlignedBuf;
-use crate::virtio::blk::Range;
 
 use super::mailbox::{Done, Mailbox, Message};
 
-/// Threads that copy and zero.
+/// Threads that copy.
 const HELPERS: usize = 4;
 
 /// Who waits for a piece of work.
@@ -27,8 +26,6 @@ pub(super) struct Ticket {
 pub(super) enum Work {
     /// Copy before a write.
     Copy(Disk, CopyJob),
-    /// WRITE_ZEROES with edges inside blocks.
-    Zero(Disk, Range),
     /// Read `len` bytes at `offset` into the buffer.
     Base {
         base: Arc<Base>,
@@ -58,10 +55,6 @@ impl Work {
     fn run(self) -> (Result<(), WorkFailed>, Option<AlignedBuf>) {
         match self {
             Self::Copy(disk, job) => (disk.run_copy(job).map_err(WorkFailed::from), None),
-            Self::Zero(disk, range) => {
-                let result = disk.write_zeroes(range.offset, range.len, range.may_unmap);
-                (result.map_err(WorkFailed::from), None)
-            }
             Self::Base {
                 base,
                 offset,

@@ -80,7 +80,7 @@ pub(crate) fn begin_write(disk: &Disk, offset: u64, bytes: &[u8]) -> (Pass, Writ
         match step.expect("a legal write") {
             Step::Ready => break,
             Step::Copy(job) => disk.run_copy(job).expect("copies"),
-            step @ (Step::Done | Step::Blocking | Step::Busy | Step::Full) => {
+            step @ (Step::Done | Step::Busy | Step::Full) => {
                 panic!("the write cannot begin: {step:?}")
             }
         }

@@ -21,8 +21,10 @@ fn short(n: u64) -> usize {
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) pool: Arc<Pool>,
-    /// Bytes of the disk `d`.
+    /// Bytes of the disk `d` at first.
     pub(crate) len: u64,
+    /// Bytes that it has by now, or more.
+    size: AtomicU64,
     clock: AtomicU64,
     log: Mutex<Vec<Event>>,
 }
@@ -33,6 +35,7 @@ impl World {
         Arc::new(Self {
             pool: Arc::clone(pool),
             len,
+            size: AtomicU64::new(len),
             clock: AtomicU64::new(1),
             log: Mutex::default(),
         })
@@ -62,11 +65,16 @@ impl World {
 
     /// Any sectors of the disk, more often few than many.
     fn range(&self, random: &mut Random, unit: u64) -> (u64, u64) {
-        let most = [2, 8, 40][short(random.below(3))];
-        let len = (1 + random.below(most)) * unit;
-        let offset = random.below(self.len / unit) * unit;
-        (offset, len.min(self.len - offset))
+        range_in(self.size.load(Ordering::SeqCst), random, unit)
     }
+}
+
+/// Any sectors of a disk of `size` bytes, more often few than many.
+fn range_in(size: u64, random: &mut Random, unit: u64) -> (u64, u64) {
+    let most = [2, 8, 40][short(random.below(3))];
+    let len = (1 + random.below(most)) * unit;
+    let offset = random.below(size / unit) * unit;
+    (offset, len.min(size - offset))
 }
 
 /// Sectors from `offset` that hold `value`, each with its own number.
@@ -177,7 +185,7 @@ fn try_begin(disk: &Disk, offset: u64, bytes: &[u8]) -> Option<(cowdisk::Pass, W
         match step.expect("a legal write") {
             Step::Ready => return Some((pass, plan)),
             Step::Copy(job) => disk.run_copy(job).expect("copies"),
-            Step::Done | Step::Blocking | Step::Busy | Step::Full => return None,
+            Step::Done | Step::Busy | Step::Full => return None,
         }
     }
 }
@@ -186,9 +194,14 @@ fn try_begin(disk: &Disk, offset: u64, bytes: &[u8]) -> Option<(cowdisk::Pass, W
 pub(crate) fn discard(world: &World, disk: &Disk, mut random: Random, steps: u32) {
     for _ in 0..steps {
         let unit = [SUB, CLUSTER][short(random.below(2))];
-        let (offset, len) = match random.below(2) {
-            0 => world.range(&mut random, unit),
-            _ => world.range(&mut random, SECTOR),
+        let (offset, len) = match random.below(4) {
+            0 | 1 => world.range(&mut random, unit),
+            2 => world.range(&mut random, SECTOR),
+            _ => {
+                // To the end of the disk, which may not be that any more.
+                let len = (1 + random.below(5)) * SECTOR;
+                (disk.size() - len, len)
+            }
         };
         let began = world.now();
         let is_discard = offset % SUB == 0 && len % SUB == 0 && random.below(2) == 0;
@@ -227,7 +240,7 @@ pub(crate) fn fork(world: &World, mut random: Random, steps: u32) {
         world.note(What::Read, 0, &seen, began, ended);
         for _ in 0..2 {
             if !is_snapshot {
-                let (offset, len) = world.range(&mut random, SECTOR);
+                let (offset, len) = range_in(fork.size(), &mut random, SECTOR);
                 let value = world.now();
                 fork.write_at(&stamped(offset, len, value), offset)
                     .expect("writes");
@@ -238,6 +251,15 @@ pub(crate) fn fork(world: &World, mut random: Random, steps: u32) {
         }
         drop(fork);
         cowdisk::remove(pool, &name, false).expect("removes");
+    }
+}
+
+/// Lets the disk grow, by blocks in part and whole.
+pub(crate) fn grow(world: &World, mut random: Random, steps: u32) {
+    for _ in 0..steps {
+        let size = world.size.load(Ordering::SeqCst) + (1 + random.below(6)) * SECTOR;
+        cowdisk::resize(&world.pool, "d", size, false).expect("grows");
+        world.size.store(size, Ordering::SeqCst);
     }
 }
 

@@ -105,6 +105,8 @@ fn queues_forks_and_free_space(seed: u64) -> usize {
     actors.push(actor(move || overlap::fork(&shared, choices, 2)));
     let (shared, choices) = (Arc::clone(&world), random(5));
     actors.push(actor(move || overlap::reclaim(&shared, choices, 3)));
+    let (shared, choices) = (Arc::clone(&world), random(6));
+    actors.push(actor(move || overlap::grow(&shared, choices, 2)));
     for actor in actors {
         actor.join().expect("no panic");
     }

@@ -185,6 +185,16 @@ impl Ring {
         self.launch_guest(index, Kind::Write, file, begin, memory, token);
     }
 
+    /// Writes `len` zeros, at most [`ZEROS_LEN`], to `file` at byte `offset`.
+    pub fn write_zeros(&mut self, file: FileIndex, offset: u64, len: usize, token: u64) {
+        let index = self.slot();
+        let op = &mut self.ops[to_usize(index)];
+        op.iovs.clear();
+        op.push_zeros(len);
+        op.hold = Hold::Nothing;
+        self.launch(index, Kind::Write, file, offset, token);
+    }
+
     fn launch_guest(
         &mut self,
         index: u32,

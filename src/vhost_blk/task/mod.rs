@@ -5,7 +5,7 @@
 //!            v                                   |
 //! taken -> begin -> segments in flight -> settle +-> flush (write cache off) -> answered
 //!            |                                          ^
-//!            +-> helper (copy, zero edges, base) -------+
+//!            +-> helper (copy, base) -------------------+
 //! ```
 //! A task in flight has `pending` pieces of I/O or of work elsewhere; when the last ends, `settle`
 //! decides what comes next. A large request is done in slices ([`slice`]): between two of them
@@ -13,11 +13,14 @@
 
 mod moving;
 mod slice;
+mod zeroing;
 
 use std::fmt::Display;
 use std::time::Instant;
 
-use crate::cowdisk::{DiskError, DiskErrorKind, Padding, Pass, Source, Step, Tier, WritePlan};
+use crate::cowdisk::{
+    CopyJob, DiskError, DiskErrorKind, Padding, Pass, Source, Step, Tier, WritePlan,
+};
 use crate::sys::buffer::AlignedBuf;
 use crate::sys::mmap::GuestPin;
 use crate::sys::uring::Completion;
@@ -28,7 +31,6 @@ use crate::vhost_blk::helpers::{Work, WorkFailed};
 
 pub(super) use moving::{Mover, task_of};
 use moving::{Piece, part_of};
-use slice::COST_MAX;
 
 /// What a task is waiting for while something is pending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -254,22 +256,21 @@ impl Task {
                 self.plan = plan;
                 self.settle_if_done(mover)
             }
-            Ok(Step::Copy(job)) => {
-                self.stage = Stage::Copying;
-                self.pending += 1;
-                let ticket = mover.ticket(0);
-                mover
-                    .lane
-                    .device
-                    .helpers
-                    .submit(Work::Copy(disk.clone(), job), ticket);
-                Next::Wait
-            }
+            Ok(Step::Copy(job)) => self.copy(mover, job),
             Ok(Step::Done) => Next::Finish(Status::Ok),
             Ok(Step::Busy) => self.retreat(Next::Busy),
             Ok(Step::Full) => self.retreat(Next::Full),
-            Ok(Step::Blocking) => Next::Finish(Status::IoErr),
         }
+    }
+
+    /// What the copy is for is planned again after it, with the pass that is held now.
+    fn copy(&mut self, mover: &mut Mover<'_>, job: CopyJob) -> Next {
+        self.stage = Stage::Copying;
+        self.pending += 1;
+        let device = &mover.lane.device;
+        let work = Work::Copy(device.disk.clone(), job);
+        device.helpers.submit(work, mover.ticket(0));
+        Next::Wait
     }
 
     fn refused(&mut self, mover: &Mover<'_>, error: &DiskError) -> Next {
@@ -277,60 +278,6 @@ impl Task {
             return self.retreat(Next::Full);
         }
         failed_with(mover, error)
-    }
-
-    fn unmap(&mut self, mover: &mut Mover<'_>) -> Next {
-        while let Some(range) = self.request.ranges.get(self.ranges_done).copied() {
-            if range.len == 0 {
-                self.ranges_done += 1;
-                continue;
-            }
-            if mover.spent >= COST_MAX {
-                return self.retreat(Next::Again);
-            }
-            if !self.enter(mover) {
-                return Next::Busy;
-            }
-            let Some(pass) = &self.pass else {
-                return Next::Busy;
-            };
-            let disk = &mover.lane.device.disk;
-            let waker = &mover.context.waker;
-            let part = self.next_part(range, disk.cluster_size());
-            let planned = if self.request.op == Op::Discard {
-                disk.plan_discard(pass, part.offset, part.len, waker)
-            } else {
-                disk.plan_zeroes(pass, part.offset, part.len, part.may_unmap, waker)
-            };
-            self.part = part.len;
-            match planned {
-                Err(error) => return self.refused(mover, &error),
-                Ok(Step::Done | Step::Ready) => {
-                    self.full_since = None;
-                    mover.spent += self.cost(part, disk.cluster_size());
-                    self.end_part();
-                }
-                Ok(Step::Blocking) => {
-                    self.pass = None;
-                    self.stage = Stage::Zeroing;
-                    self.pending += 1;
-                    let work = Work::Zero(disk.clone(), part);
-                    mover.lane.device.helpers.submit(work, mover.ticket(0));
-                    return Next::Wait;
-                }
-                Ok(Step::Copy(job)) => {
-                    self.stage = Stage::Copying;
-                    self.pending += 1;
-                    let work = Work::Copy(disk.clone(), job);
-                    mover.lane.device.helpers.submit(work, mover.ticket(0));
-                    return Next::Wait;
-                }
-                Ok(Step::Busy) => return self.retreat(Next::Busy),
-                Ok(Step::Full) => return self.retreat(Next::Full),
-            }
-        }
-        self.pass = None;
-        self.written(mover)
     }
 
     /// A write is on the disk; whether it must be durable before the guest hears of it.
@@ -413,7 +360,7 @@ impl Task {
                     Some(kind) => failed(kind),
                 }
             }
-            // The pass stays: the write that the copy was for comes next.
+            // The pass stays: what the copy was for comes next.
             Stage::Copying => match failure {
                 None => self.begin(mover),
                 Some(kind) => {
@@ -421,13 +368,7 @@ impl Task {
                     failed(kind)
                 }
             },
-            Stage::Zeroing => match failure {
-                None => {
-                    self.end_part();
-                    self.begin(mover)
-                }
-                Some(kind) => failed(kind),
-            },
+            Stage::Zeroing => self.zeroed(mover, failure),
         }
     }
 }

@@ -206,6 +206,21 @@ impl Task {
         self.pin().zero(mover.runs);
     }
 
+    /// Writes `len` zeros, less than a block, to byte `to` of the pool's file.
+    pub(super) fn write_zeros_at(&mut self, mover: &mut Mover<'_>, to: u64, len: u32) {
+        if mover.lane.tier == Tier::Memory {
+            let zeros = vec![0; to_usize(len)];
+            let storage = mover.lane.device.disk.pool().storage();
+            let result = storage.write_at(&zeros, to);
+            self.note(mover, result);
+            return;
+        }
+        let file = mover.lane.files.pool;
+        let token = token(mover.task, 0);
+        mover.ring.write_zeros(file, to, to_usize(len), token);
+        self.pending += 1;
+    }
+
     pub(super) fn note(&mut self, mover: &Mover<'_>, result: std::io::Result<()>) {
         if let Err(error) = result {
             let is_full = matches!(

@@ -51,20 +51,6 @@ impl Task {
         self.done == self.request.len
     }
 
-    /// The next part of `range`, of which `range_done` bytes are done. It ends between clusters
-    /// unless it is the last.
-    pub(super) fn next_part(&self, range: Range, cluster: u32) -> Range {
-        let most = u64::from(COST_MAX / self.cluster_cost(range)) * u64::from(cluster);
-        let offset = range.offset + self.range_done;
-        let end = range.offset + range.len;
-        let cut = (offset / most + 1) * most;
-        Range {
-            offset,
-            len: cut.min(end) - offset,
-            ..range
-        }
-    }
-
     /// The part is done.
     pub(super) fn end_part(&mut self) {
         self.range_done += std::mem::take(&mut self.part);
@@ -75,19 +61,15 @@ impl Task {
         }
     }
 
-    /// What zeroing or unmapping `part` costs.
-    pub(super) fn cost(&self, part: Range, cluster: u32) -> u32 {
-        let clusters = part.len.div_ceil(u64::from(cluster)).max(1);
-        let cost = clusters * u64::from(self.cluster_cost(part));
-        u32::try_from(cost).unwrap_or(COST_MAX)
-    }
-
-    fn cluster_cost(&self, range: Range) -> u32 {
-        if self.request.op == Op::Discard || range.may_unmap {
+    /// What it costs to zero or unmap `len` bytes of `range`, without moving any.
+    pub(super) fn cost(&self, range: Range, len: u64, cluster: u32) -> u32 {
+        let one = if self.request.op == Op::Discard || range.may_unmap {
             UNMAPPED_COST
         } else {
             ZEROED_COST
-        }
+        };
+        let clusters = len.div_ceil(u64::from(cluster)).max(1);
+        u32::try_from(clusters * u64::from(one)).unwrap_or(COST_MAX)
     }
 }
 
