@@ -17,8 +17,8 @@ use tidepool::format::journal::{BatchWriter, Entry, Record, Stamp, decode_header
 use tidepool::format::superblock::{
     ImageRef, JOURNAL_AT, SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock,
 };
-use tidepool::format::units::{DiskId, Generation, Lcn};
-use tidepool::pool::{OpenOptions, Pool, check};
+use tidepool::format::units::{ClusterSize, DiskId, Generation, Lcn};
+use tidepool::pool::{CreateOptions, OpenOptions, Pool, check, open};
 use tidepool::storage::{SimStorage, Storage};
 use tidepool::sys::clock;
 
@@ -219,6 +219,20 @@ fn vast_zeros() -> Arc<SimStorage> {
     storage
 }
 
+/// An empty pool of about as many clusters as there can be. That many places of one byte each would
+/// be too many already.
+fn vast_pool() -> Arc<SimStorage> {
+    let size = 63 << 40;
+    let cluster_size = ClusterSize::from_bytes(16 << 10).expect("the smallest");
+    let options = CreateOptions {
+        cluster_size,
+        ..CreateOptions::new(size)
+    };
+    let storage = Arc::new(SimStorage::new(size));
+    open::create(&*storage, &options).expect("makes");
+    storage
+}
+
 /// Puts `records` behind the last batch of the journal.
 fn append(storage: &SimStorage, records: &[Record]) {
     let mut at = JOURNAL_AT;
@@ -269,6 +283,7 @@ fn what_says_little_takes_little() {
         ("high nodes of nothing", many(&childless(3)), true),
         ("one node everywhere", nested(), true),
         ("zeros from end to end", vast_zeros(), true),
+        ("a pool of nothing", vast_pool(), true),
         (
             "everything, again and again",
             with_image(&nothing, Some(vec![everything; 2000])),

@@ -99,6 +99,7 @@ impl Failure {
             PoolError::Poisoned { .. } | PoolError::Closed => "frozen",
             PoolError::ReadOnly => "read_only",
             PoolError::NoSpace => "no_space",
+            PoolError::NoMemory => "io",
             PoolError::NotFound { .. } => "not_found",
             PoolError::Exists { .. } => "exists",
             PoolError::InUse { .. } => "in_use",
@@ -123,6 +124,7 @@ impl Failure {
             | PoolError::Closed
             | PoolError::ReadOnly
             | PoolError::NoSpace
+            | PoolError::NoMemory
             | PoolError::Exists { .. }
             | PoolError::InUse { .. }
             | PoolError::HasDependents { .. }

@@ -2,7 +2,8 @@
 //! holds nothing. Counted from the maps, so it is exact while nothing changes, and close otherwise.
 
 use super::error::DiskError;
-use crate::format::units::{SUBS, bytes_of, index};
+use crate::format::units::{SUBS, bytes_of};
+use crate::pool::by_cluster::ByCluster;
 use crate::pool::map::{Inner, Leaf};
 use crate::pool::{Pool, PoolError, catalogue::Item};
 use crate::sync::Shared;
@@ -54,7 +55,8 @@ pub fn usage(pool: &Pool) -> Result<PoolUsage, DiskError> {
     let superblock = pool.superblock();
     let mut survey = Survey {
         nodes: HashMap::new(),
-        references: vec![0; index(superblock.cluster_count)],
+        references: ByCluster::new(superblock.cluster_count, false)?,
+        is_void: false,
     };
     let items = pool.items();
     let mut used = Vec::with_capacity(items.len());
@@ -63,6 +65,9 @@ pub fn usage(pool: &Pool) -> Result<PoolUsage, DiskError> {
         let map = item.volume.map.read();
         used.push(map.tree.root.as_ref().map_or(0, |root| survey.visit(root)));
         set_aside += map.slab_len();
+    }
+    if survey.is_void {
+        return Err(PoolError::NoMemory.into());
     }
     let mut disks = Vec::with_capacity(items.len());
     for (item, used) in items.into_iter().zip(used) {
@@ -84,7 +89,9 @@ pub fn usage(pool: &Pool) -> Result<PoolUsage, DiskError> {
     }
     let space = pool.space.usage();
     let capacity = superblock.pool_len();
-    let data = survey.references.iter().filter(|count| **count > 0).count();
+    let pieces = survey.references.pieces();
+    let counts = pieces.flat_map(|(_, counts)| counts);
+    let data = counts.filter(|count| **count > 0).count();
     let used = bytes_of(data) * size.bytes();
     let free = u64::from(space.clean + space.written + set_aside) * size.bytes();
     let host_allocated = pool.storage().allocated();
@@ -110,7 +117,9 @@ struct Survey {
     /// Nodes that may be shared, by address.
     nodes: HashMap<usize, Node>,
     /// By cluster: leaves that refer to it, up to 255.
-    references: Vec<u8>,
+    references: ByCluster<u8>,
+    /// There was not enough memory: nothing that was counted holds.
+    is_void: bool,
 }
 
 #[derive(Debug, Default)]
@@ -174,11 +183,13 @@ impl Visit for Leaf {
     fn count(&self, survey: &mut Survey) -> u64 {
         let mut clusters = 0;
         for cluster in self.entries.iter().flat_map(|entry| entry.clusters()) {
-            if let Some(count) = survey
-                .references
-                .get_mut(index(cluster))
-                .filter(|_| cluster != 0)
-            {
+            if cluster == 0 {
+                continue;
+            }
+            if survey.references.get_mut(cluster).is_none() {
+                survey.is_void |= survey.references.make(cluster).is_err();
+            }
+            if let Some(count) = survey.references.get_mut(cluster) {
                 *count = count.saturating_add(1);
                 clusters += 1;
             }
@@ -187,8 +198,7 @@ impl Visit for Leaf {
     }
 
     fn sum(&self, survey: &Survey, sums: &mut Sums) {
-        let is_unique =
-            |cluster: u32| cluster != 0 && survey.references.get(index(cluster)) == Some(&1);
+        let is_unique = |cluster: u32| cluster != 0 && survey.references.get(cluster) == 1;
         for entry in &self.entries {
             let live = [entry.alloc, entry.rest()];
             for (cluster, live) in entry.clusters().into_iter().zip(live) {

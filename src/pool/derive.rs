@@ -5,14 +5,14 @@
 //! The loop that goes to a cluster's place does little else, and what can be done from end to end is
 //! done so.
 
+use super::by_cluster::ByCluster;
 use super::counts::Counts;
+use super::error::PoolError;
 use super::load::Loaded;
 use super::map::Leaf;
 use super::space::Space;
 use super::walk::Seen;
 use crate::format::journal::Entry;
-use crate::format::units::index;
-use crate::storage::zeroed_table;
 use std::ops::Range;
 
 /// An entry that cannot be.
@@ -50,9 +50,23 @@ const FAULTS_MAX: usize = 16384;
 /// I4 is broken.
 const SHARED: &str = "it would be written in place although it may be shared";
 
+/// Clusters of a pool for which it does not matter how many of them are used.
+const SMALL_COUNT: u32 = 1 << 25;
+
+/// Whether clusters are used so densely that huge pages pay: places that are far from one another
+/// take some of the image each.
+fn is_dense(loaded: &Loaded) -> bool {
+    let count = loaded.superblock.cluster_count;
+    let image_len = loaded.superblock.image.map_or(0, |image| image.len);
+    count <= SMALL_COUNT || image_len >= u64::from(count)
+}
+
 /// Counts the references, checks every entry, I1 and I4, and declares the rest free. Empty if all
 /// is well.
-pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
+///
+/// # Errors
+/// [`PoolError::NoMemory`].
+pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Result<Vec<EntryFault>, PoolError> {
     let size = loaded.superblock.cluster_size;
     let count = loaded.superblock.cluster_count;
     let first = size
@@ -61,10 +75,11 @@ pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
     let mut references = References {
         clusters: first..count,
         generation: loaded.replay.generation,
-        used: zeroed_table(index(count)),
-        alone: vec![0; index(count).div_ceil(64)],
+        used: ByCluster::new(count, is_dense(loaded))?,
+        alone: ByCluster::new(count.div_ceil(64), is_dense(loaded))?,
         counts: &mut space.counts,
         faults: Vec::new(),
+        no_memory: Ok(()),
     };
     for cluster in loaded.image_clusters.iter().cloned().flatten() {
         references.add_image(cluster);
@@ -91,9 +106,9 @@ pub(super) fn derive(loaded: &Loaded, space: &mut Space) -> Vec<EntryFault> {
             references.fault(&disk, clash.lcn, what, mend);
         }
     }
-    let (used, faults) = references.finish();
+    let (used, faults) = references.finish()?;
     add_free(first, &used, space);
-    faults
+    Ok(faults)
 }
 
 /// The disk whose map is looked at.
@@ -137,12 +152,14 @@ struct References<'a> {
     /// The pool's generation.
     generation: u32,
     /// By cluster: 0, or its owner.
-    used: Vec<u64>,
+    used: ByCluster<u64>,
     /// By cluster, a bit each: a disk takes it for its alone (I4).
-    alone: Vec<u64>,
+    alone: ByCluster<u64>,
     /// References after the first to each cluster; [`References::finish`] adds the first ones.
     counts: &'a mut Counts,
     faults: Vec<EntryFault>,
+    /// The first time there was not enough memory: all that was found is void.
+    no_memory: Result<(), PoolError>,
 }
 
 impl References<'_> {
@@ -174,9 +191,10 @@ impl References<'_> {
     }
 
     fn add_image(&mut self, cluster: u32) {
-        match self.used.get_mut(index(cluster)) {
-            Some(owner) if *owner == 0 && cluster >= self.clusters.start => *owner = IMAGE,
-            Some(_) | None => self.faults.push(EntryFault {
+        match self.used.make(cluster) {
+            Err(no_memory) => self.no_memory = Err(no_memory),
+            Ok(Some(owner)) if *owner == 0 && cluster >= self.clusters.start => *owner = IMAGE,
+            Ok(_) => self.faults.push(EntryFault {
                 disk: "checkpoint image".to_owned(),
                 lcn: cluster,
                 what: "this cluster of the pool cannot belong to it".to_owned(),
@@ -216,7 +234,7 @@ impl References<'_> {
     /// Looks at the place of every entry at once, so that the processor fetches them side by side
     /// and not one after the other.
     fn fetch(&self, leaf: &Leaf) {
-        let place = |entry: &Entry| self.used.get(index(entry.own)).copied().unwrap_or(0);
+        let place = |entry: &Entry| self.used.get(entry.own);
         let all = leaf.entries.iter().fold(0, |all, entry| all | place(entry));
         std::hint::black_box(all);
     }
@@ -229,15 +247,26 @@ impl References<'_> {
                 continue;
             }
             let is_alone = cluster == entry.own && disk.is_alone(entry);
-            let (word, bit) = (index(cluster / 64), 1_u64 << (cluster % 64));
-            let known = &mut self.used[index(cluster)];
+            let word = cluster / 64;
+            if self.used.get_mut(cluster).is_none() || self.alone.get_mut(word).is_none() {
+                let made = self.used.make(cluster).and(self.alone.make(word));
+                if let Err(no_memory) = made {
+                    self.no_memory = Err(no_memory);
+                    return Ok(());
+                }
+            }
+            let places = (self.used.get_mut(cluster), self.alone.get_mut(word));
+            let (Some(known), Some(alone)) = places else {
+                panic!("cluster {cluster}: its entry was checked");
+            };
+            let bit = 1_u64 << (cluster % 64);
             if *known == 0 {
                 *known = owner;
                 // Most clusters are: a bit is near at hand where a count would be waited for.
-                self.alone[word] |= if is_alone { bit } else { 0 };
+                *alone |= if is_alone { bit } else { 0 };
             } else if *known == owner {
                 self.counts.retain_alone(cluster);
-                if is_alone || self.alone[word] & bit != 0 {
+                if is_alone || *alone & bit != 0 {
                     return Err(SHARED.to_owned());
                 }
             } else {
@@ -257,32 +286,45 @@ impl References<'_> {
     }
 
     /// The owners by cluster, and what is wrong.
-    fn finish(self) -> (Vec<u64>, Vec<EntryFault>) {
-        for (cluster, owner) in (0_u32..).zip(&self.used) {
-            if *owner != 0 && *owner != IMAGE {
-                self.counts.retain_alone(cluster);
+    fn finish(self) -> Result<(ByCluster<u64>, Vec<EntryFault>), PoolError> {
+        self.no_memory?;
+        for (clusters, owners) in self.used.pieces() {
+            for (cluster, owner) in clusters.zip(owners) {
+                if *owner != 0 && *owner != IMAGE {
+                    self.counts.retain_alone(cluster);
+                }
             }
         }
-        (self.used, self.faults)
+        Ok((self.used, self.faults))
     }
 }
 
 /// Declares the clusters from `first` on free that `used` says are not used, run by run.
-fn add_free(first: u32, used: &[u64], space: &Space) {
-    let mut free_from = first;
-    let mut rest = used.get(index(first)..).unwrap_or_default();
-    let run_len = |is_used: bool, of: &[u64]| {
-        let other = of.iter().position(|owner| (*owner != 0) != is_used);
-        other.unwrap_or(of.len())
-    };
-    let clusters = |n: usize| u32::try_from(n).expect("a pool has fewer than 2^32 clusters");
-    while !rest.is_empty() {
-        let free = run_len(false, rest);
-        let taken = run_len(true, &rest[free..]);
-        if free > 0 {
-            space.add_clean(free_from..free_from + clusters(free));
+fn add_free(first: u32, used: &ByCluster<u64>, space: &Space) {
+    for (clusters, owners) in used.pieces() {
+        let from = clusters.start.max(first).min(clusters.end);
+        if owners.is_empty() && from < clusters.end {
+            space.add_clean(from..clusters.end);
+            continue;
         }
-        free_from += clusters(free + taken);
-        rest = &rest[free + taken..];
+        let skipped = usize::try_from(from - clusters.start).expect("a piece is short");
+        let mut free_from = from;
+        let mut rest = owners.get(skipped..).unwrap_or_default();
+        while !rest.is_empty() {
+            let free = run_len(false, rest);
+            let taken = run_len(true, &rest[free..]);
+            let clusters = |n: usize| u32::try_from(n).expect("a piece is short");
+            if free > 0 {
+                space.add_clean(free_from..free_from + clusters(free));
+            }
+            free_from += clusters(free + taken);
+            rest = &rest[free + taken..];
+        }
     }
+}
+
+/// How many of `owners` are used, or not, before the first that is otherwise.
+fn run_len(is_used: bool, owners: &[u64]) -> usize {
+    let other = owners.iter().position(|owner| (*owner != 0) != is_used);
+    other.unwrap_or(owners.len())
 }

@@ -42,6 +42,9 @@ pub enum PoolError {
         "the pool is full: delete or discard something, or enlarge it with `tidepool pool resize`"
     )]
     NoSpace,
+    /// The host has no memory for what the pool's maps need.
+    #[error("there is not enough memory for the maps of this pool")]
+    NoMemory,
     /// No such disk or snapshot.
     #[error("there is no disk or snapshot named `{name}` in this pool")]
     NotFound {
@@ -97,9 +100,10 @@ impl PoolError {
             PoolError::Storage { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 PoolErrorKind::NoSpace
             }
-            PoolError::Storage { .. } | PoolError::Poisoned { .. } | PoolError::Closed => {
-                PoolErrorKind::Storage
-            }
+            PoolError::Storage { .. }
+            | PoolError::Poisoned { .. }
+            | PoolError::Closed
+            | PoolError::NoMemory => PoolErrorKind::Storage,
             PoolError::Format(_) | PoolError::Damaged { .. } => PoolErrorKind::Damaged,
             PoolError::NoSpace => PoolErrorKind::NoSpace,
             PoolError::ReadOnly

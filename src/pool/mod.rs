@@ -41,6 +41,7 @@
 
 pub mod bitmap;
 pub mod busy;
+pub mod by_cluster;
 pub mod catalogue;
 pub mod check;
 pub mod commit;

@@ -187,7 +187,7 @@ impl Pool {
             return Err(fault.error);
         }
         let mut space = Space::new();
-        if let Some(fault) = derive(&loaded, &mut space).first() {
+        if let Some(fault) = derive(&loaded, &mut space)?.first() {
             return Err(PoolError::damaged(fault.to_string()));
         }
         if !options.is_read_only {

@@ -91,7 +91,7 @@ pub(super) fn mend(loaded: &mut Loaded, said: Said<'_>) -> Result<Space, PoolErr
     }
     for round in 0..=ROUNDS_MAX {
         let mut space = Space::new();
-        let mut faults = derive(loaded, &mut space);
+        let mut faults = derive(loaded, &mut space)?;
         if faults.is_empty() {
             return Ok(space);
         }

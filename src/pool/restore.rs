@@ -296,7 +296,7 @@ impl Dump {
             journal_faults: Vec::new(),
         };
         let mut space = Space::new();
-        if let Some(fault) = derive(&loaded, &mut space).first() {
+        if let Some(fault) = derive(&loaded, &mut space)?.first() {
             return Err(bad(fault));
         }
         rewrite(storage, loaded, space, last_batch, "tidepool pool restore")?;

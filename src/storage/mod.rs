@@ -24,7 +24,7 @@ pub use file::FileStorage;
 pub use open::{Access, Caching, OpenError};
 pub use sim::SimStorage;
 
-pub use crate::sys::memory::zeroed_table;
+pub use crate::sys::memory::advise_huge;
 
 /// What a crash keeps or loses as one: the smallest sector any disk has, in bytes.
 pub const BLOCK: u64 = 512;
