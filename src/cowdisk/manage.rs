@@ -1,12 +1,11 @@
 //! Creating, removing and changing disks.
 
 use super::base::Base;
-use super::disk::Disk;
 use super::error::DiskError;
 use super::fork::same_item;
 use crate::format::catalogue::{BaseFormat, Row, RowKind, check_name};
 use crate::format::journal::{Record, SLOT_LEN, slots_of};
-use crate::format::units::{Generation, Lcn, SECTOR, bytes_of};
+use crate::format::units::{Generation, SECTOR, bytes_of};
 use crate::pool::catalogue::Item;
 use crate::pool::map::Tree;
 use crate::pool::quota::Quota;
@@ -95,7 +94,7 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn check_size(pool: &Pool, size: u64) -> Result<(), DiskError> {
+pub(super) fn check_size(pool: &Pool, size: u64) -> Result<(), DiskError> {
     let most = pool.cluster_size().disk_bytes_max();
     if size == 0 || size > most {
         let what = format!("a disk has 512 to {most} bytes, not {size}");
@@ -237,96 +236,6 @@ pub(super) fn put_row(
         .pool
         .change_catalogue(|all| all.put(row, &item.volume));
     Ok(())
-}
-
-/// Changes the size of a disk. Growth reads as zeros; what a smaller size cuts off is discarded,
-/// and needs `may_shrink`.
-///
-/// # Errors
-/// No such disk, a snapshot, a size out of range, in use (to shrink), or as [`Pool::flush`].
-pub fn resize(pool: &Arc<Pool>, name: &str, size: u64, may_shrink: bool) -> Result<(), DiskError> {
-    let size = size.next_multiple_of(SECTOR);
-    check_size(pool, size)?;
-    let item = writable(pool, name)?;
-    if size < item.row.size && may_shrink {
-        zero_cut_block(pool, &item, size)?;
-    }
-    pool.transact(&[Arc::clone(&item.volume)], |transaction| {
-        let item = same_item(pool, name, &item)?;
-        let old = item.row.size;
-        if size < old {
-            if !may_shrink {
-                return Err(PoolError::invalid(format!(
-                    "`{name}` has {old} bytes; making it {size} discards its end: use --shrink"
-                )));
-            }
-            check_unused(&item)?;
-        }
-        let base_len = item.row.base_len.min(size);
-        let row = Row {
-            size,
-            base_len,
-            ..item.row.clone()
-        };
-        transaction.check_row(&row)?;
-        let mut map = item.volume.map.write();
-        if size < old {
-            cut_off(pool, &mut map, size);
-        }
-        map.size = size;
-        map.base_len = base_len;
-        transaction.collect(&mut map)?;
-        drop(map);
-        put_row(transaction, &item, row)
-    })?;
-    Ok(())
-}
-
-/// Zeroes the end of the block that a smaller size cuts in two, so that it reads as zeros if the
-/// disk grows again.
-fn zero_cut_block(pool: &Arc<Pool>, item: &Item, len: u64) -> Result<(), DiskError> {
-    check_unused(item)?;
-    let end = len
-        .next_multiple_of(pool.cluster_size().sub_bytes())
-        .min(item.row.size);
-    if len < end {
-        let disk = Disk::open(pool, &item.row.name)?;
-        disk.write_zeroes(len, end - len, true)?;
-    }
-    Ok(())
-}
-
-/// Discards what is beyond `len` bytes. The rest of a cluster cut in two becomes zeros, so that it
-/// reads as zeros if the disk grows again.
-fn cut_off(pool: &Pool, map: &mut crate::pool::volume::Map, len: u64) {
-    let size = pool.cluster_size();
-    let now = pool.generation();
-    let (last, within) = size.split(len);
-    let first_gone = if within == 0 { last } else { Lcn(last.0 + 1) };
-    let end = size.count(map.size).unwrap_or(u32::MAX);
-    if first_gone.0 < end {
-        map.unmap(
-            &pool.space,
-            first_gone,
-            end - first_gone.0,
-            size,
-            pool.zero_leaf(),
-            now,
-        );
-    }
-    if within != 0 {
-        let cluster = u32::try_from(size.bytes()).unwrap_or(u32::MAX);
-        let mask = size.covered(within, cluster);
-        let old = map.get(last);
-        let new = crate::format::journal::Entry {
-            alloc: old.alloc & !mask,
-            zero: old.zero | mask,
-            ..old
-        };
-        if new != old {
-            map.set(&pool.space, last, new, now);
-        }
-    }
 }
 
 pub(super) fn writable(pool: &Pool, name: &str) -> Result<Item, DiskError> {

@@ -57,7 +57,7 @@ fn run(start: &Start, acts: &[Act], hurt: impl FnOnce(&SimStorage)) -> Result<En
             continue;
         };
         was_hurt = true;
-        let before = model.before(act);
+        let before = model.clone();
         if pool.check_poison().is_err() {
             let candidates = vec![before, after];
             return Ok(Ended {

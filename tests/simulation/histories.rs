@@ -93,6 +93,10 @@ fn writes() -> Vec<Act> {
         Act::Flush,
         Act::Resize(s("a"), 66),
         Act::Resize(s("a"), 130),
+        // In the middle of a block.
+        Act::Resize(s("a"), 65),
+        Act::Resize(s("a"), 13),
+        Act::Resize(s("a"), 130),
         Act::Close,
     ]
 }

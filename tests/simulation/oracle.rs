@@ -304,20 +304,6 @@ impl Model {
         self.all_durable();
     }
 
-    /// What may be there while `act` is done but has not happened: a disk that shrinks has zeros
-    /// written to the rest of its new last block first.
-    pub(crate) fn before(&self, act: &Act) -> Self {
-        let mut before = self.clone();
-        if let Act::Resize(name, len) = act {
-            let flat = before.disks.get_mut(name).expect("it is there");
-            let end = at(len.next_multiple_of(BLOCK)).min(flat.now.len());
-            for sector in at(*len)..end {
-                flat.set(sector, 0);
-            }
-        }
-        before
-    }
-
     /// This with a new, empty disk, and nothing else forgotten.
     pub(crate) fn with_empty(&self, name: &str) -> Self {
         let mut with = self.clone();

@@ -128,7 +128,7 @@ impl World {
         let mut after = self.model.clone();
         after.apply(act);
         let candidates = if act.is_structural() {
-            vec![self.model.before(act), after.clone()]
+            vec![self.model.clone(), after.clone()]
         } else if matches!(act, Act::Flush | Act::Trim | Act::Bulk) {
             vec![self.model.clone()]
         } else {
