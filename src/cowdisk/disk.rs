@@ -7,7 +7,7 @@ use super::pass::Pass;
 use super::plan::{Segment, Source};
 use super::write::{Padding, Step, WritePlan, WriteSegment};
 use crate::format::catalogue::RowKind;
-use crate::format::units::{bytes_of, len_of};
+use crate::format::units::{DiskId, bytes_of, len_of};
 use crate::pool::Pool;
 use crate::pool::catalogue::Item;
 use crate::pool::volume::Volume;
@@ -103,6 +103,12 @@ impl Disk {
             .pool()
             .with_catalogue(|all| all.get(self.volume().id).map(|i| name(&i.row)));
         found.unwrap_or_else(|| format!("deleted disk {}", self.volume().id))
+    }
+
+    /// Its identity, which no other disk of its pool has or will have.
+    #[must_use]
+    pub fn id(&self) -> DiskId {
+        self.volume().id
     }
 
     /// 20 ASCII characters that identify it, for a serial number.

@@ -1,6 +1,7 @@
 //! Listening sockets: one thread accepts for all disks; each client is served by a thread of its
 //! own, one client a disk. While a disk has a client, the next waits in the socket's backlog.
 
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::io;
 use std::net::Shutdown;
@@ -11,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::format::units::bytes_of;
 use crate::sync::{Arc, Condvar, Mutex, spawn_named};
 use crate::sys::clock;
 use crate::sys::fd::Event;
@@ -24,10 +27,10 @@ pub(super) const PATH_BYTES_MAX: usize = 107;
 /// How long a client may take from the first byte of a message to the last, or to take a reply.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often that is looked at while there are clients.
-const WATCH_INTERVAL_MS: u16 = 2000;
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long nobody is accepted after descriptors, threads or memory ran out: who waits, waits on.
-const SHORTAGE_MS: u16 = 200;
+const SHORTAGE: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Default)]
 struct Client {
@@ -57,7 +60,7 @@ pub(super) struct Port {
     pub(super) device: Arc<Device>,
     listener: UnixListener,
     path: PathBuf,
-    /// Spreads disks over workers.
+    /// Spreads disks over workers; no other port of the server has the same.
     offset: usize,
     client: Mutex<Client>,
     changed: Condvar,
@@ -121,8 +124,9 @@ impl Port {
         }
     }
 
-    fn is_free(&self) -> bool {
-        !self.client.lock().is_running
+    /// What it is known by to the epoll instance.
+    fn number(&self) -> u64 {
+        bytes_of(self.offset)
     }
 
     /// Cuts off a client that stopped in the middle of a message.
@@ -168,39 +172,65 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 /// Which worker serves queue `index` of the disk whose offset is given.
 pub(super) type Assign = Arc<dyn Fn(usize, usize) -> PickWorker + Send + Sync>;
 
+/// Events taken at once.
+const EVENTS_MAX: usize = 64;
+/// What the epoll instance says when [`Reception::changed`] was signalled; no port has this number.
+const CHANGED: u64 = u64::MAX;
+
 #[derive(Debug, Default)]
 struct Ports {
-    list: Vec<Arc<Port>>,
+    by_number: HashMap<u64, Arc<Port>>,
+    /// Those with a client.
+    busy: HashSet<u64>,
     is_closed: bool,
 }
 
-/// What the accepting thread and the server share.
+/// What the accepting thread and the server share. Whatever happens takes time for the disks that it
+/// happens to, and none for the others.
 #[derive(Debug)]
 pub(super) struct Reception {
+    /// Of every port without a client it says once that somebody waits there; the port is put back
+    /// when its client has gone.
+    epoll: Epoll,
     ports: Mutex<Ports>,
     changed: Event,
 }
 
 impl Reception {
     pub(super) fn new() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let changed = Event::new()?;
+        epoll.add(&changed, EpollEvent::new(EpollFlags::EPOLLIN, CHANGED))?;
         Ok(Self {
+            epoll,
             ports: Mutex::new(Ports::default()),
-            changed: Event::new()?,
+            changed,
         })
     }
 
-    pub(super) fn add(&self, port: Arc<Port>) {
-        self.ports.lock().list.push(port);
-        self.wake();
+    /// Takes clients for `port` from now on.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2).
+    pub(super) fn add(&self, port: &Arc<Port>) -> io::Result<()> {
+        // Before there can be an event that names it.
+        let mut ports = self.ports.lock();
+        ports.by_number.insert(port.number(), Arc::clone(port));
+        let added = self.epoll.add(&port.listener, first_caller(port));
+        if added.is_err() {
+            ports.by_number.remove(&port.number());
+        }
+        Ok(added?)
     }
 
     /// Takes no more clients for `port`; the one it has goes on.
-    pub(super) fn remove(&self, port: &Arc<Port>) {
-        self.ports
-            .lock()
-            .list
-            .retain(|held| !Arc::ptr_eq(held, port));
-        self.wake();
+    pub(super) fn remove(&self, port: &Port) {
+        let mut ports = self.ports.lock();
+        ports.busy.remove(&port.number());
+        if ports.by_number.remove(&port.number()).is_some() {
+            let removed = self.epoll.delete(&port.listener);
+            removed.expect("it was added, and its descriptor is open");
+        }
     }
 
     pub(super) fn close(&self) {
@@ -217,46 +247,79 @@ impl Reception {
     /// Accepts until closed.
     ///
     /// # Errors
-    /// As poll(2).
+    /// As epoll_wait(2).
     pub(super) fn run(self: &Arc<Self>, assign: &Assign) -> io::Result<()> {
-        let mut is_short = false;
+        let mut events = [EpollEvent::empty(); EVENTS_MAX];
+        // Ports with a caller, in turn, each once: more than one only while something is short.
+        let mut called = VecDeque::new();
+        let mut watched = clock::now();
         loop {
-            self.changed.clear()?;
-            let ports = {
-                let ports = self.ports.lock();
-                if ports.is_closed {
-                    return Ok(());
-                }
-                ports.list.clone()
-            };
-            let (free, busy): (Vec<_>, Vec<_>) = ports.into_iter().partition(|p| p.is_free());
-            let mut fds = vec![PollFd::new(self.changed.as_fd(), PollFlags::POLLIN)];
-            let listening = if is_short { &[] } else { free.as_slice() };
-            fds.extend(
-                listening
-                    .iter()
-                    .map(|p| PollFd::new(p.listener.as_fd(), PollFlags::POLLIN)),
-            );
-            let timeout = match (is_short, busy.is_empty()) {
-                (true, _) => PollTimeout::from(SHORTAGE_MS),
-                (false, true) => PollTimeout::NONE,
-                (false, false) => PollTimeout::from(WATCH_INTERVAL_MS),
-            };
-            match poll(&mut fds, timeout) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            let timeout = self.timeout(!called.is_empty());
+            let count = match self.epoll.wait(&mut events, timeout) {
+                Ok(count) => count,
+                Err(nix::errno::Errno::EINTR) => 0,
                 Err(errno) => return Err(errno.into()),
+            };
+            self.changed.clear()?;
+            if self.ports.lock().is_closed {
+                return Ok(());
             }
-            let waiting: Vec<bool> = fds[1..]
-                .iter()
-                .map(|fd| fd.any().unwrap_or(false))
-                .collect();
-            let callers = listening.iter().zip(waiting);
-            let accepted = callers
-                .filter(|(_, is_waiting)| *is_waiting)
-                .try_for_each(|(port, _)| self.accept(port, assign));
-            is_short = accepted.is_err_and(|error| is_shortage(&error));
+            let numbers = events[..count].iter().map(EpollEvent::data);
+            called.extend(numbers.filter(|number| *number != CHANGED));
+            while let Some(number) = called.front() {
+                if self.take_caller(*number, assign).is_err() {
+                    break;
+                }
+                called.pop_front();
+            }
             let now = clock::now();
-            busy.iter().for_each(|port| port.watch(now));
+            if now.saturating_duration_since(watched) >= WATCH_INTERVAL {
+                watched = now;
+                self.busy().iter().for_each(|port| port.watch(now));
+            }
+        }
+    }
+
+    fn timeout(&self, is_short: bool) -> EpollTimeout {
+        let wait = match (is_short, self.ports.lock().busy.is_empty()) {
+            (true, _) => SHORTAGE,
+            (false, true) => return EpollTimeout::NONE,
+            (false, false) => WATCH_INTERVAL,
+        };
+        EpollTimeout::try_from(wait).expect("few milliseconds")
+    }
+
+    fn busy(&self) -> Vec<Arc<Port>> {
+        let ports = self.ports.lock();
+        let busy = ports.busy.iter();
+        busy.filter_map(|number| ports.by_number.get(number).cloned())
+            .collect()
+    }
+
+    /// Accepts who waits at port `number`, if it is still there and he is.
+    ///
+    /// # Errors
+    /// The host is short of something: to be tried again.
+    fn take_caller(self: &Arc<Self>, number: u64, assign: &Assign) -> io::Result<()> {
+        let port = self.ports.lock().by_number.get(&number).cloned();
+        let Some(port) = port else { return Ok(()) };
+        match self.accept(&port, assign) {
+            Ok(()) => Ok(()),
+            Err(error) if is_shortage(&error) => Err(error),
+            Err(_gone) => {
+                self.listen(&port);
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits at `port` for the next caller.
+    fn listen(&self, port: &Port) {
+        let mut ports = self.ports.lock();
+        ports.busy.remove(&port.number());
+        if ports.by_number.contains_key(&port.number()) {
+            let listening = self.epoll.modify(&port.listener, &mut first_caller(port));
+            listening.expect("it was added, and its descriptor is open");
         }
     }
 
@@ -278,6 +341,7 @@ impl Reception {
             client.stream = Some(Arc::clone(&handle));
             client.is_running = true;
         }
+        self.ports.lock().busy.insert(port.number());
         let (reception, theirs) = (Arc::clone(self), Arc::clone(port));
         let pick = assign(port.offset, usize::from(port.device.queues_max));
         let started = spawn_named("vblk-session", move || {
@@ -288,7 +352,10 @@ impl Reception {
             };
             serve(&theirs, stream, handle, pick);
         });
-        started.map(drop).inspect_err(|_| release(port))
+        started.map(drop).inspect_err(|_| {
+            self.ports.lock().busy.remove(&port.number());
+            release(port);
+        })
     }
 }
 
@@ -296,6 +363,12 @@ impl Reception {
 fn is_shortage(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     !matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
+}
+
+/// To be told, once, that somebody waits at `port`.
+fn first_caller(port: &Port) -> EpollEvent {
+    let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+    EpollEvent::new(once, port.number())
 }
 
 struct Guard<'a> {
@@ -306,6 +379,8 @@ struct Guard<'a> {
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         release(self.port);
+        self.reception.listen(self.port);
+        // Whoever is short of what this client had need not wait.
         self.reception.wake();
     }
 }

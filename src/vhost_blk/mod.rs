@@ -28,6 +28,7 @@ mod stats;
 mod task;
 mod worker;
 
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Weak;
@@ -37,6 +38,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::cowdisk::{Disk, DiskError};
+use crate::format::units::DiskId;
 use crate::sync::{Arc, JoinHandle, Mutex, spawn_named};
 
 use device::Device;
@@ -123,12 +125,27 @@ pub struct Server {
     events: Option<SyncSender<Event>>,
 }
 
+/// Found without a look at the others: there may be tens of thousands.
 #[derive(Debug, Default)]
 struct Ports {
-    list: Vec<Arc<Port>>,
+    /// In the order in which they were added, by their number.
+    list: BTreeMap<usize, Arc<Port>>,
+    by_socket: HashMap<PathBuf, usize>,
+    disks: HashSet<DiskKey>,
     /// One for each pool that has been seen, by the pool's address.
-    flushers: Vec<(usize, Weak<Flusher>)>,
+    flushers: HashMap<usize, Weak<Flusher>>,
     added: usize,
+}
+
+/// The address of a disk's pool, which lives as long as the disk is open, and the disk in it.
+type DiskKey = (usize, DiskId);
+
+fn pool_key(disk: &Disk) -> usize {
+    Arc::as_ptr(disk.pool()).addr()
+}
+
+fn disk_key(disk: &Disk) -> DiskKey {
+    (pool_key(disk), disk.id())
 }
 
 impl Server {
@@ -205,12 +222,8 @@ impl Server {
             return Err(ServeError::NoFile(name));
         }
         let mut ports = self.ports.lock();
-        // Disks of two pools may have one name.
-        let is_it = |port: &Arc<Port>| {
-            let other = &port.device.disk;
-            Arc::ptr_eq(other.pool(), disk.pool()) && other.name() == name
-        };
-        if ports.list.iter().any(is_it) {
+        let key = disk_key(&disk);
+        if ports.disks.contains(&key) {
             return Err(ServeError::Duplicate(name));
         }
         let flusher = ports.flusher(&disk).map_err(ServeError::Thread)?;
@@ -221,15 +234,17 @@ impl Server {
             Arc::clone(&self.helpers),
             self.events.clone(),
         ));
-        let port =
-            Port::bind(device, socket, ports.added).map_err(|source| ServeError::Socket {
-                path: socket.to_owned(),
-                source,
-            })?;
-        let port = Arc::new(port);
+        let failed = |source| ServeError::Socket {
+            path: socket.to_owned(),
+            source,
+        };
+        let number = ports.added;
+        let port = Arc::new(Port::bind(device, socket, number).map_err(failed)?);
+        self.reception.add(&port).map_err(failed)?;
         ports.added += 1;
-        ports.list.push(Arc::clone(&port));
-        self.reception.add(port);
+        ports.disks.insert(key);
+        ports.by_socket.insert(socket.to_owned(), number);
+        ports.list.insert(number, port);
         Ok(())
     }
 
@@ -242,9 +257,8 @@ impl Server {
     pub fn remove(&self, socket: &Path) -> Result<(), ServeError> {
         let port = {
             let mut ports = self.ports.lock();
-            let at = ports.list.iter().position(|port| port.path() == socket);
-            let at = at.ok_or_else(|| ServeError::Unknown(socket.to_owned()))?;
-            ports.list.remove(at)
+            let found = ports.take(socket);
+            found.ok_or_else(|| ServeError::Unknown(socket.to_owned()))?
         };
         self.retire(&port)
     }
@@ -267,7 +281,7 @@ impl Server {
     #[must_use]
     pub fn disks(&self) -> Vec<(String, PathBuf)> {
         let ports = self.ports.lock();
-        let listed = ports.list.iter();
+        let listed = ports.list.values();
         listed
             .map(|port| (port.device.disk.name(), port.path().to_owned()))
             .collect()
@@ -279,7 +293,7 @@ impl Server {
         let ports = self.ports.lock();
         ports
             .list
-            .iter()
+            .values()
             .map(|port| (port.device.disk.name(), port.device.stats()))
             .collect()
     }
@@ -299,9 +313,9 @@ impl Server {
             // A panic was reported by the thread itself.
             drop(acceptor.join());
         }
-        let ports = std::mem::take(&mut self.ports.lock().list);
+        let ports = std::mem::take(&mut *self.ports.lock());
         let mut outcome = Ok(());
-        for port in ports {
+        for port in ports.list.into_values() {
             let retired = self.retire(&port);
             if outcome.is_ok() {
                 outcome = retired;
@@ -325,18 +339,24 @@ impl Drop for Server {
 }
 
 impl Ports {
+    /// The port at `socket`, which is forgotten.
+    fn take(&mut self, socket: &Path) -> Option<Arc<Port>> {
+        let number = self.by_socket.remove(socket)?;
+        let port = self.list.remove(&number)?;
+        self.disks.remove(&disk_key(&port.device.disk));
+        Some(port)
+    }
+
     /// The flusher of the disk's pool.
     fn flusher(&mut self, disk: &Disk) -> io::Result<Arc<Flusher>> {
-        let key = Arc::as_ptr(disk.pool()).addr();
+        let key = pool_key(disk);
         // A flusher lives no longer than the disks that use it, and these keep their pool.
-        self.flushers
-            .retain(|(_, flusher)| flusher.strong_count() > 0);
-        let known = self.flushers.iter().find(|(known, _)| *known == key);
-        if let Some(flusher) = known.and_then(|(_, flusher)| flusher.upgrade()) {
+        if let Some(flusher) = self.flushers.get(&key).and_then(Weak::upgrade) {
             return Ok(flusher);
         }
+        self.flushers.retain(|_, known| known.strong_count() > 0);
         let flusher = Arc::new(Flusher::start()?);
-        self.flushers.push((key, Arc::downgrade(&flusher)));
+        self.flushers.insert(key, Arc::downgrade(&flusher));
         Ok(flusher)
     }
 }
