@@ -5,7 +5,8 @@
 
 mod cli;
 
-use cli::{Server, Shell};
+use cli::Shell;
+use serde_json::Value;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -30,15 +31,6 @@ fn is_served(client: &mut UnixStream, limit: Duration) -> bool {
 
 fn connect(path: &Path) -> UnixStream {
     UnixStream::connect(path).expect("the server listens")
-}
-
-/// CPU time it has used so far, in ticks of 10 ms.
-fn cpu_ticks(server: &Server) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", server.pid())).expect("it runs");
-    let after_name = stat.rsplit_once(") ").expect("a name in parentheses").1;
-    let fields: Vec<&str> = after_name.split(' ').collect();
-    let ticks = |at: usize| fields[at].parse::<u64>().expect("a number");
-    ticks(11) + ticks(12)
 }
 
 /// Pool `p` with disks `d-1` to `d-90`.
@@ -82,10 +74,10 @@ fn run_short(shell: &Shell, limit: &str, args: &[&str]) {
     let answers = clients.iter_mut().map(|client| is_served(client, soon));
     let served = answers.filter(|is_served| *is_served).count();
     assert!((1..80).contains(&served), "{served} of 80 are served");
-    let before = cpu_ticks(&server);
+    let before = server.cpu_ticks();
     let mut last = connect(&socket(90));
     assert!(!is_served(&mut last, Duration::from_secs(1)));
-    let ticks = cpu_ticks(&server) - before;
+    let ticks = server.cpu_ticks() - before;
     assert!(ticks < 25, "{ticks} ticks in a second of waiting");
     drop(clients);
     assert!(
@@ -131,6 +123,86 @@ fn pools_whose_sockets_would_have_the_same_names_are_refused() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn a_disk_that_cannot_be_served_stops_no_other() {
+    let shell = Shell::new();
+    shell.pool();
+    let image = shell.image("base.raw", 1 << 20, 1);
+    // Names may have 128 bytes, and the path of a socket 107.
+    let long = "n".repeat(128);
+    shell.ok(&["disk", "create", "p:a", "--size", "1M"]);
+    shell.ok(&["disk", "create", "p:gone", "--base", &image]);
+    shell.ok(&["disk", "create", &format!("p:{long}"), "--size", "1M"]);
+    shell.ok(&["disk", "create", "p:taken", "--size", "1M"]);
+    shell.ok(&["disk", "snapshot", &format!("p:{long}@s")]);
+    fs::remove_file(&image).expect("a file");
+    fs::create_dir(shell.path("run")).expect("a directory");
+    fs::write(shell.path("run/taken.sock"), "mine").expect("writes");
+    let mut server = shell.serve(&["p", "--sockets", "run"]);
+    assert_eq!(server.names(), ["a", &long, &format!("{long}@s")]);
+    let refused: Vec<(&str, &str)> = server
+        .refused()
+        .iter()
+        .map(|event| (text(event, "name"), text(event, "kind")))
+        .collect();
+    assert_eq!(refused, [("gone", "base"), ("taken", "socket")]);
+    assert!(text(&server.refused()[0], "reason").contains("base.raw"));
+    // What it says is where clients find it, whatever it is called.
+    let sockets: Vec<String> = server.sockets().into_iter().map(str::to_owned).collect();
+    for socket in &sockets {
+        assert!(socket.len() <= 107, "{socket}");
+        let mut client = connect(&shell.path(socket));
+        assert!(is_served(&mut client, Duration::from_secs(20)));
+    }
+    assert_eq!(server.stop(), Some(0));
+    assert_eq!(
+        fs::read(shell.path("run/taken.sock")).expect("it is there"),
+        b"mine"
+    );
+    let mut again = shell.serve(&["p", "--sockets", "run"]);
+    assert_eq!(again.sockets(), sockets, "the same each time");
+    assert_eq!(again.stop(), Some(0));
+}
+
+fn text<'a>(event: &'a Value, field: &str) -> &'a str {
+    event[field].as_str().expect("a text")
+}
+
+#[test]
+fn a_server_that_can_serve_nothing_fails_and_says_why() {
+    let shell = Shell::new();
+    shell.pool();
+    let image = shell.image("base.raw", 1 << 20, 1);
+    shell.ok(&["disk", "create", "p:a", "--base", &image]);
+    shell.ok(&["disk", "create", "p:b", "--base", &image]);
+    fs::remove_file(&image).expect("a file");
+    let refused = shell.run(&["serve", "p", "--sockets", "run", "-o", "json"]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert_eq!(
+        refused.stdout.lines().count(),
+        2,
+        "one for each: {refused:?}"
+    );
+    // The errors are the last line: clap and the kernel say nothing before.
+    assert_eq!(refused.error()["kind"], "base");
+    assert_eq!(shell.json(&["pool", "info", "p"])["is_clean"], true);
+}
+
+#[test]
+fn too_few_descriptors_are_said_before_anything_is_served() {
+    let shell = ninety_disks();
+    shell.ok(&["disk", "fork", "p:d", "e", "-n", "90"]);
+    let args = ["p", "--sockets", "run", "--workers", "1"];
+    let mut command = shell.after("ulimit -n 140", &args);
+    let output = command.output().expect("starts");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let said = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(said.contains("181 disks need"), "{said}");
+    assert!(said.contains("may have 140"), "{said}");
+    assert!(said.contains("LimitNOFILE"), "{said}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Child;
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// A vhost-user request for the features.
@@ -69,6 +69,33 @@ fn a_server_ends_with_its_terminal_unless_it_was_told_not_to() {
     let mut server = shell.serve_after("trap '' INT", &["p", "--sockets", "run"]);
     send(server.pid(), Signal::SIGINT);
     assert_eq!(server.wait().code(), Some(0));
+}
+
+/// Reads nothing of what the server prints, tells it to end once it has begun to serve, and waits.
+fn end_unread(shell: &Shell) -> ExitStatus {
+    let mut command = shell.command(&["serve", "p", "--sockets", "run", "-o", "json"]);
+    let mut server = command.stdout(Stdio::piped()).spawn().expect("starts");
+    while !shell.path("run/f-1.sock").exists() {
+        assert!(server.try_wait().expect("ours").is_none(), "it began");
+        std::thread::yield_now();
+    }
+    let told = tidepool::sys::clock::now();
+    send(server.id(), Signal::SIGTERM);
+    let status = server.wait().expect("ends");
+    let took = told.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    status
+}
+
+#[test]
+fn a_server_whose_output_nobody_reads_starts_and_ends() {
+    let shell = one_disk();
+    // More than a pipe takes: its thousand lines have some hundred bytes each.
+    shell.ok(&["disk", "fork", "p:a", "f", "-n", "1000"]);
+    let status = end_unread(&shell);
+    assert_eq!(status.code(), Some(0), "in good order");
+    assert_eq!(shell.json(&["pool", "info", "p"])["is_clean"], true);
+    assert!(!shell.path("run/f-1.sock").exists());
 }
 
 /// A pool `big` of 1 GiB and an image of 256 MiB without a hole.

@@ -1,14 +1,17 @@
 //! Goal: what is done to one of many disks takes no time for the others: removing all of them one by
-//! one takes time by their number, not by its square.
+//! one, or serving them, takes time by their number, not by its square.
 //!
 //! Method: the same with N disks and with 4N, and the ratio of the CPU time it took: about four where
 //! time goes by number, sixteen where it goes by the square.
 
+mod cli;
 mod common;
 
+use cli::Shell;
 use common::CLUSTER;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::{TimeVal, TimeValLike};
+use std::os::unix::fs::symlink;
 use std::sync::Arc;
 use std::time::Duration;
 use tidepool::cowdisk::{self, NewDisk};
@@ -90,4 +93,30 @@ fn removing_one_of_many_takes_no_time_for_the_others() {
         let ratio = ratio(REMOVED, |n| removal(n, is_chain));
         assert!(ratio < RATIO_MAX, "chain: {is_chain}, ratio {ratio}");
     }
+}
+
+/// Ticks of CPU time until a server with `n` forks is ready.
+fn ticks_until_ready(n: u32) -> u64 {
+    let shell = Shell::new();
+    shell.ok(&["pool", "create", "p", "--size", "1G"]);
+    shell.ok(&["disk", "create", "p:g", "--size", "1G"]);
+    shell.ok(&["disk", "fork", "p:g", "f", "-n", &n.to_string()]);
+    // As /run is: elsewhere what a socket's file takes may be most of it, and differs widely.
+    let sockets = tempfile::tempdir_in("/dev/shm").expect("memory that is mounted");
+    symlink(sockets.path(), shell.path("run")).expect("a link");
+    let mut server = shell.serve(&["p", "--sockets", "run"]);
+    let ticks = server.cpu_ticks();
+    assert_eq!(server.stop(), Some(0));
+    ticks
+}
+
+#[test]
+fn serving_one_of_many_takes_no_time_for_the_others() {
+    let least = |n| (0..2).map(|_| ticks_until_ready(n)).min().expect("two");
+    let (once, four_times) = (least(1000), least(4000));
+    // Ticks are coarse: one more or less is no fault.
+    assert!(
+        four_times < 8 * (once + 1),
+        "{once} ticks, then {four_times}"
+    );
 }

@@ -60,6 +60,8 @@ impl Output {
         match self.format {
             Format::Json if reply.json.is_null() => Ok(()),
             Format::Json => print(&format!("{}\n", reply.json)),
+            // Not even looked at, for somebody may still be waiting for its reader.
+            Format::Text if reply.text.is_empty() => Ok(()),
             Format::Text => print(&reply.text),
         }
     }

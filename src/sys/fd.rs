@@ -26,6 +26,19 @@ pub fn raise_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
+/// How many descriptors this process has.
+///
+/// # Errors
+/// As open(2) and getdents(2): /proc is not mounted, or there are too many already.
+pub fn count_open() -> io::Result<u64> {
+    let mut count = 0;
+    for entry in fs::read_dir("/proc/self/fd")? {
+        entry?;
+        count += 1;
+    }
+    Ok(count)
+}
+
 /// An eventfd, our own or one that came over a socket: to be polled, and signalled by
 /// [`super::call::Caller`] alone, for a write could wait for ever.
 ///

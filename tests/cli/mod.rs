@@ -147,6 +147,11 @@ impl Shell {
 
     /// As [`Shell::serve`], after `first` in a shell.
     pub(crate) fn serve_after(&self, first: &str, args: &[&str]) -> Server {
+        wait_until_ready(self.after(first, args))
+    }
+
+    /// `tidepool serve` after `first` in a shell.
+    pub(crate) fn after(&self, first: &str, args: &[&str]) -> Command {
         let mut command = Command::new("sh");
         command
             .current_dir(self.0.path())
@@ -155,14 +160,14 @@ impl Shell {
             .arg(env!("CARGO_BIN_EXE_tidepool"))
             .args(args)
             .stdin(Stdio::null());
-        wait_until_ready(command)
+        command
     }
 }
 
 fn wait_until_ready(mut command: Command) -> Server {
     let mut child = command.stdout(Stdio::piped()).spawn().expect("starts");
     let mut lines = BufReader::new(child.stdout.take().expect("piped"));
-    let mut events = Vec::new();
+    let (mut events, mut refused) = (Vec::new(), Vec::new());
     loop {
         let mut line = String::new();
         let len = lines.read_line(&mut line).expect("reads");
@@ -172,6 +177,7 @@ fn wait_until_ready(mut command: Command) -> Server {
             break;
         }
         if event["event"] == "refused" {
+            refused.push(event);
             continue;
         }
         assert_eq!(event["event"], "serving");
@@ -182,6 +188,7 @@ fn wait_until_ready(mut command: Command) -> Server {
         child,
         lines,
         events,
+        refused,
     }
 }
 
@@ -190,6 +197,7 @@ pub(crate) struct Server {
     child: Child,
     lines: BufReader<ChildStdout>,
     events: Vec<Value>,
+    refused: Vec<Value>,
 }
 
 impl Server {
@@ -204,6 +212,27 @@ impl Server {
             .iter()
             .filter_map(|event| event["name"].as_str());
         names.collect()
+    }
+
+    /// What it said that it does not serve.
+    pub(crate) fn refused(&self) -> &[Value] {
+        &self.refused
+    }
+
+    /// Where it serves.
+    pub(crate) fn sockets(&self) -> Vec<&str> {
+        let sockets = self.events.iter();
+        let sockets = sockets.filter_map(|event| event["socket"].as_str());
+        sockets.collect()
+    }
+
+    /// CPU time it has used so far, in ticks of 10 ms.
+    pub(crate) fn cpu_ticks(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("it runs");
+        let after_name = stat.rsplit_once(") ").expect("a name in parentheses").1;
+        let fields: Vec<&str> = after_name.split(' ').collect();
+        let ticks = |at: usize| fields[at].parse::<u64>().expect("a number");
+        ticks(11) + ticks(12)
     }
 
     /// What it tells of next.

@@ -1,29 +1,38 @@
 //! `tidepool serve`: pools and their disks in the foreground, until a signal ends it.
+//!
+//! ```text
+//! ending: waits for the signal, from the beginning
+//! start:  disks --bases: threads--> Server       tell: prints, whoever reads or does not
+//! ```
+
+mod bases;
+mod ending;
+mod sockets;
+mod start;
+mod tell;
 
 use super::failure::Failure;
-use super::human;
 use super::open;
-use super::output::{self, Format, Output, Reply};
-use crate::cowdisk::{Disk, DiskErrorKind};
-use crate::format::units::bytes_of;
+use super::output::{Output, Reply};
 use crate::pool::reclaim::Background;
 use crate::pool::{Pool, Return};
 use crate::sync::{Arc, spawn_named};
 use crate::sys::fd;
 use crate::sys::signal::Endings;
-use crate::vhost_blk::{
-    Event, EventKind, QUEUES_MAX, ServeError, Server, ServerOptions, WORKERS_MAX,
-};
+use crate::vhost_blk::{QUEUES_MAX, Server, ServerOptions, WORKERS_MAX};
 use clap::{Args, ValueEnum};
+use ending::Ending;
 use serde_json::json;
+use sockets::Sockets;
+use start::Start;
 use std::borrow::Cow;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
+use tell::Teller;
 
-/// Events that may wait to be printed; more are counted.
+/// Events that may wait to be told; more are counted.
 const EVENTS_WAITING_MAX: usize = 64;
 /// Queues of a disk, where nothing is said: as many as most guests have CPUs.
 const QUEUES_DEFAULT: u16 = 16;
@@ -41,7 +50,8 @@ Examples:
   cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/tidepool/vm1.sock ...
 
 Each disk has a socket, DISK.sock, each snapshot a read-only one, DISK@SNAPSHOT.sock. With several
-pools their names go before: vms.vm1.sock. Ctrl-C, SIGTERM or SIGHUP finishes what guests have begun and
+pools their names go before: vms.vm1.sock. A name too long for a socket is cut, as is printed. What
+cannot be served is said, and the rest is served. Ctrl-C, SIGTERM or SIGHUP finishes what guests have begun and
 closes the pools; a second one ends at once.";
 
 /// `tidepool serve`
@@ -116,12 +126,14 @@ pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
     let signals = Endings::hold();
     let signals =
         signals.map_err(|e| Failure::new("io", "signals", format!("cannot hold them: {e}")))?;
+    let ending = Ending::watch(signals).map_err(|e| no_thread("the server", &e))?;
+    let teller = Teller::start(output).map_err(|e| no_thread("the server", &e))?;
     // Each client takes some for itself, its memory and its queues. If it fails there are fewer.
     let _descriptors = fd::raise_limit();
-    let sockets = socket_dir(args)?;
+    let sockets = Sockets::open(args)?;
     let mut pools = Vec::new();
-    let result = open_all(args, &sockets, &mut pools)
-        .and_then(|()| run(args, &sockets, &pools, signals, output));
+    let result = open_all(args, &sockets, &ending, &mut pools)
+        .and_then(|()| run(args, &sockets, &pools, &ending, &teller));
     let mut closed = Ok(());
     for owned in pools {
         drop(owned.background);
@@ -129,9 +141,17 @@ pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
         let result = result.map_err(|e| Failure::pool(owned.path.display(), &e));
         closed = closed.and(result);
     }
-    let reply = result?;
-    closed?;
-    Ok(reply)
+    let stopped = result.and(closed);
+    if stopped.is_ok() {
+        teller.say(&json!({ "event": "stopped" }), "stopped");
+    }
+    teller.finish();
+    ending.finish();
+    stopped.map(|()| Reply::silent())
+}
+
+fn no_thread(object: impl std::fmt::Display, error: &io::Error) -> Failure {
+    Failure::new("io", object, format!("cannot start a thread: {error}"))
 }
 
 /// What the names of a pool's sockets begin with, where there are several pools.
@@ -153,26 +173,19 @@ fn check_stems(pools: &[PathBuf]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn socket_dir(args: &Serve) -> Result<PathBuf, Failure> {
-    let dir = args.sockets.clone().unwrap_or_else(|| {
-        let mut name = args.pools[0].clone().into_os_string();
-        name.push(".sockets");
-        PathBuf::from(name)
-    });
-    // A socket is a disk: not for everybody.
-    match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
-        Ok(()) => Ok(dir),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(dir),
-        Err(e) => Err(Failure::io(&dir, "make the directory for sockets", &e)),
-    }
-}
-
-fn open_all(args: &Serve, sockets: &Path, pools: &mut Vec<Owned>) -> Result<(), Failure> {
-    let shown = sockets
-        .canonicalize()
-        .unwrap_or_else(|_| sockets.to_owned());
+fn open_all(
+    args: &Serve,
+    sockets: &Sockets,
+    ending: &Ending,
+    pools: &mut Vec<Owned>,
+) -> Result<(), Failure> {
+    let dir = sockets.dir();
+    let shown = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     let doing = format!("serving {}, started by tidepool serve", shown.display());
     for path in &args.pools {
+        if ending.is_told() {
+            return Ok(());
+        }
         let path = path.clone();
         if args.read_only {
             let pool = open::open_to_read(&path)?;
@@ -195,24 +208,21 @@ fn open_all(args: &Serve, sockets: &Path, pools: &mut Vec<Owned>) -> Result<(), 
             Ok(background) => pools.push(owned(Some(background))),
             Err(e) => {
                 pools.push(owned(None));
-                return Err(Failure::new(
-                    "io",
-                    path.display(),
-                    format!("cannot start a thread: {e}"),
-                ));
+                return Err(no_thread(path.display(), &e));
             }
         }
     }
     Ok(())
 }
 
+/// Serves the disks of `pools` until a signal comes.
 fn run(
     args: &Serve,
-    sockets: &Path,
+    sockets: &Sockets,
     pools: &[Owned],
-    signals: Endings,
-    output: Output,
-) -> Result<Reply, Failure> {
+    ending: &Ending,
+    teller: &Teller,
+) -> Result<(), Failure> {
     let mut options = ServerOptions {
         no_space_timeout: Duration::from_secs(args.no_space_timeout.into()),
         polling_us: args.polling,
@@ -222,140 +232,25 @@ fn run(
         options.workers = workers.into();
     }
     let (to, events) = sync_channel(EVENTS_WAITING_MAX);
+    let tells = teller.clone();
     // It ends when the server, which has the other end, is gone.
-    let telling = spawn_named("tidepool-events", move || tell(&events, output))
-        .map_err(|e| Failure::new("io", "the server", format!("cannot start a thread: {e}")))?;
+    let telling = spawn_named("tidepool-events", move || tells.tell(&events))
+        .map_err(|e| no_thread("the server", &e))?;
     let server = Server::start_reporting(options, to).map_err(|e| {
         Failure::new("io", "the server", format!("cannot start: {e}"))
             .hint("io_uring must be allowed here: see the sysctl kernel.io_uring_disabled")
     })?;
-    let mut served = 0;
-    for owned in pools {
-        served += serve_pool(args, sockets, owned, pools.len() > 1, &server, output)?;
+    let started = Start::new(args, sockets, &server, teller, ending).run(pools)?;
+    if !ending.is_told() {
+        let (disks, refused) = (started.served, started.refused);
+        let ready = json!({ "event": "ready", "disks": disks, "refused": refused });
+        teller.say(&ready, "ready");
     }
-    if served == 0 {
-        return Err(Failure::new(
-            "not_found",
-            args.pools[0].display(),
-            "there is no disk to serve",
-        )
-        .hint("`tidepool disk create POOL:NAME --size 10G` makes one"));
-    }
-    say(
-        output,
-        &json!({ "event": "ready", "disks": served }),
-        "ready",
-    );
-    let waited = signals.wait();
+    let waited = ending.wait();
     let stop = server.shutdown();
+    teller.end();
     // What happened last is told before the end is. A panic there was printed.
     drop(telling.join());
     waited.map_err(|e| Failure::new("io", "signals", format!("cannot wait for them: {e}")))?;
-    stop.map_err(|e| failed_to_serve(&e))?;
-    Ok(Reply::new(json!({ "event": "stopped" }), "stopped\n"))
-}
-
-/// Prints what happens to clients, until nothing can any more.
-fn tell(events: &Receiver<Event>, output: Output) {
-    for event in events {
-        let kind = match event.kind {
-            EventKind::SessionRefused => "session_refused",
-            EventKind::MemoryLost => "memory_lost",
-            EventKind::QueueBroken => "queue_broken",
-            EventKind::RequestFailed => "request_failed",
-        };
-        let line = json!({
-            "event": kind,
-            "name": event.disk,
-            "reason": event.reason,
-            "left_out": event.left_out,
-        });
-        say(output, &line, &event.to_string());
-    }
-}
-
-/// Opens a socket for each disk of a pool; returns how many.
-fn serve_pool(
-    args: &Serve,
-    sockets: &Path,
-    owned: &Owned,
-    has_prefix: bool,
-    server: &Server,
-    output: Output,
-) -> Result<usize, Failure> {
-    let prefix = if has_prefix {
-        format!("{}.", stem(&owned.path))
-    } else {
-        String::new()
-    };
-    let mut served = 0;
-    for item in owned.pool.items() {
-        let name = &item.row.name;
-        let object = format!("{}:{name}", owned.path.display());
-        let disk = match Disk::open(&owned.pool, name) {
-            Ok(disk) => disk,
-            // The others need not wait for an image that is missing or was changed.
-            Err(e) if e.kind() == DiskErrorKind::Base => {
-                let reason = e.to_string();
-                let event =
-                    json!({"event": "refused", "pool": owned.path, "name": name, "reason": reason});
-                say(output, &event, &format!("not served: {object}: {reason}"));
-                continue;
-            }
-            Err(e) => return Err(Failure::disk(&object, &e)),
-        };
-        let (size, is_read_only) = (disk.size(), disk.is_read_only());
-        let socket = sockets.join(format!("{prefix}{name}.sock"));
-        let added = server.add(disk, &socket, args.queues);
-        added.map_err(|e| failed_to_serve(&e))?;
-        let event = json!({
-            "event": "serving",
-            "pool": owned.path,
-            "name": name,
-            "socket": socket,
-            "size_bytes": size,
-            "is_read_only": is_read_only,
-        });
-        let access = if is_read_only { ", read-only" } else { "" };
-        let text = format!(
-            "{}  {object}, {}{access}",
-            socket.display(),
-            human::bytes(size)
-        );
-        say(output, &event, &text);
-        served += 1;
-    }
-    Ok(served)
-}
-
-fn failed_to_serve(error: &ServeError) -> Failure {
-    match error {
-        ServeError::Socket { path, source } => {
-            let failure =
-                Failure::new("socket", path.display(), format!("cannot listen: {source}"));
-            let is_too_long = bytes_of(path.as_os_str().len()) > 107;
-            match (is_too_long, source.kind() == io::ErrorKind::AddrInUse) {
-                (true, _) => failure.hint("choose a directory with a shorter path: --sockets DIR"),
-                (_, true) => {
-                    failure.hint("another server listens there: choose another --sockets DIR")
-                }
-                (false, false) => failure,
-            }
-        }
-        ServeError::Flush { name, source } => Failure::disk(name, source),
-        ServeError::Duplicate(_)
-        | ServeError::Unknown(_)
-        | ServeError::Queues(_)
-        | ServeError::NoFile(_)
-        | ServeError::Thread(_) => Failure::new("serve", "", error),
-    }
-}
-
-/// Prints one line now. A reader that has gone away is no reason to stop serving.
-fn say(output: Output, event: &serde_json::Value, text: &str) {
-    let line = match output.format {
-        Format::Json => format!("{event}\n"),
-        Format::Text => format!("{text}\n"),
-    };
-    drop(output::print(&line));
+    stop.map_err(|e| start::failed_to_end(&e))
 }
