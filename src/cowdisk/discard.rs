@@ -165,7 +165,10 @@ impl Disk {
         let most = if may_unmap { UNMAPPED_MAX } else { ZEROED_MAX };
         let turn = u64::from(most) * size.bytes();
         let to = blocks.end.min((blocks.start / turn + 1) * turn);
-        if must_wait(&map, size, blocks.start..to) {
+        if self.must_wait(&mut map, waker) {
+            return ZeroStep::stopped(Step::Busy);
+        }
+        if is_taken(&map, size, blocks.start..to) {
             map.waiting.push(waker.clone());
             return ZeroStep::stopped(Step::Busy);
         }
@@ -246,7 +249,7 @@ impl Disk {
 
 /// Whether one request has one of the clusters for itself, or too much was discarded there already
 /// since writes to it began.
-fn must_wait(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
+fn is_taken(map: &Map, size: ClusterSize, range: Range<u64>) -> bool {
     let (first, last) = (size.split(range.start).0.0, size.split(range.end - 1).0.0);
     let is_in_the_way = |busy: &Busy| busy.is_exclusive || !busy.can_discard();
     // Whichever is less to look at.

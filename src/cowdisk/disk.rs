@@ -10,7 +10,7 @@ use crate::format::catalogue::RowKind;
 use crate::format::units::{DiskId, bytes_of, len_of};
 use crate::pool::Pool;
 use crate::pool::catalogue::Item;
-use crate::pool::volume::Volume;
+use crate::pool::volume::{Map, Volume};
 use crate::storage::{AlignedBuf, Tier};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Thread, current, park};
@@ -320,6 +320,16 @@ impl Disk {
                 step @ (Step::Ready | Step::Done) => return Ok((pass, step)),
             }
         }
+    }
+
+    /// Whether a change of the disk waits for a commit to take what changed before; then `waker` is
+    /// woken by that.
+    pub(super) fn must_wait(&self, map: &mut Map, waker: &Waker) -> bool {
+        let must_wait = self.pool().must_wait(map);
+        if must_wait {
+            map.stall(waker);
+        }
+        must_wait
     }
 
     /// Without a background thread nobody else commits what piles up.

@@ -162,6 +162,9 @@ impl Disk {
         plan.segments.clear();
         let mut map = self.volume().map.write();
         self.check_range(&map, offset, u64::from(len))?;
+        if self.must_wait(&mut map, waker) {
+            return Ok(Step::Busy);
+        }
         let mut stopped = None;
         for piece in pieces(self, offset, len) {
             if let Err(stop) = self.plan_write_piece(&mut map, piece, plan) {

@@ -1,25 +1,29 @@
-//! Making changes durable. Whoever needs it leads: takes the journal, closes a batch with what all
-//! disks changed, and writes it; those who come meanwhile wait and are covered by the next batch
-//! (group commit). Holding the journal is leadership; no lock is held over the I/O.
+//! Making changes durable, in rounds. Whoever needs one leads (holding the journal is leadership; no
+//! lock is held over the I/O) and begins a round: what all disks have changed until then is in it, and
+//! is written in as many batches as it takes. Those who come meanwhile are covered by the next round,
+//! however many they are (group commit). So a flush waits for two rounds at most, what changes after
+//! its own began is in neither, and a round is no longer than what disks may have pending
+//! ([`super::backlog::BACKLOG_MAX`] each). Between two batches others may lead, in turn.
 //!
 //! The order is R2: the batch is closed, then the data it names is flushed, then the batch is
 //! written. Only then are the references it dropped released, after the requests that may still
 //! use them (R3, R5, R6).
 
 use super::Pool;
+use super::backlog::{BACKLOG_MAX, Changes, FREED_LEN_SOFT};
 use super::error::PoolError;
 use super::gate::ClosedGates;
-use super::image::{Frozen, FrozenDisk};
 use super::journal::{BATCH_LEN_MAX, Journal, LONG_BATCH_LEN_MAX, records_per_batch};
+use super::lead::Leader;
 use super::transaction::Transaction;
 use super::volume::{Map, Volume};
 use crate::format::journal::HEADER_LEN;
-use crate::format::units::{BLOCK, DiskId, Generation, bytes_of};
+use crate::format::units::{BLOCK, bytes_of};
 use crate::sync::atomic::Ordering;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, RwLockWriteGuard};
+use crate::sync::{Arc, RwLockWriteGuard};
 
 /// Room a leader makes sure of: a full batch, and as much again for its tail.
-const ROOM: u64 = 2 * BATCH_LEN_MAX;
+pub(super) const ROOM: u64 = 2 * BATCH_LEN_MAX;
 /// Bytes of records a structural change may add of its own, unless it says so: what is left of
 /// [`ROOM`] after a full batch (with one leaf more) and the records of drained disks.
 pub const SMALL_CHANGE_LEN_MAX: u64 = 96 << 10;
@@ -28,76 +32,13 @@ const TAIL_RECORDS_MAX: usize = 4096;
 /// Times a structural change waits for a disk to have few changes before it gives up.
 const DRAIN_TRIES_MAX: u32 = 64;
 
-/// Who leads, and how far commits have come.
-#[derive(Debug)]
-pub(super) struct Commits {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Debug)]
-struct State {
-    /// `None` while somebody leads.
-    journal: Option<Journal>,
-    /// Rounds begun and finished. A round that begins after a change covers it.
-    begun: u64,
-    finished: u64,
-    /// A frozen forest waits for its image to be written, or is being written.
-    frozen: FrozenState,
-}
-
-#[derive(Debug)]
-enum FrozenState {
-    None,
-    Waiting(Box<Frozen>),
-    BeingWritten,
-}
-
 /// What becomes of what disks have changed.
 #[derive(Debug, Clone, Copy)]
 enum Others {
     /// It is in the same batch.
     TakenAlong,
-    /// It waits for the next one, if there is any.
+    /// It waits for the next round.
     LeftOut,
-}
-
-impl Commits {
-    pub(super) fn new(journal: Journal) -> Self {
-        let state = State {
-            journal: Some(journal),
-            begun: 0,
-            finished: 0,
-            frozen: FrozenState::None,
-        };
-        Self {
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-        }
-    }
-}
-
-/// Leadership: the journal, given back when dropped.
-struct Leader<'a> {
-    commits: &'a Commits,
-    journal: Option<Journal>,
-}
-
-impl Leader<'_> {
-    fn journal(&mut self) -> &mut Journal {
-        self.journal
-            .as_mut()
-            .expect("a leader has the journal until it is dropped")
-    }
-}
-
-impl Drop for Leader<'_> {
-    fn drop(&mut self) {
-        let mut state = self.commits.state.lock();
-        state.journal = self.journal.take();
-        drop(state);
-        self.commits.changed.notify_all();
-    }
 }
 
 impl Pool {
@@ -111,36 +52,91 @@ impl Pool {
             return Ok(());
         }
         let mine = self.commits.state.lock().begun + 1;
-        loop {
-            // Nothing recorded needs no room: overwrites go on to be flushed in a full pool.
-            let room = || match self.listed.lock().is_empty() {
-                true => 0,
-                false => ROOM,
-            };
-            let Some(mut leader) = self.lead(mine, room)? else {
-                return self.check_poison();
-            };
-            let others = match leader.journal().room() >= ROOM {
-                true => Others::TakenAlong,
-                false => Others::LeftOut,
-            };
-            let mut is_done = false;
-            let result = self.commit_one(leader.journal(), others, &mut |_| {}, &mut is_done);
-            if is_done && result.is_ok() {
-                let mut state = self.commits.state.lock();
-                state.finished = state.finished.max(state.begun);
-            }
-            drop(leader);
-            self.after_commit();
-            result?;
-            if is_done {
-                return Ok(());
-            }
+        while let Some(leader) = self.lead(mine)? {
+            self.commit_some(leader)?;
         }
+        self.check_poison()
+    }
+
+    /// One batch of the round under way, which begins if there is none.
+    fn commit_some(&self, mut leader: Leader<'_>) -> Result<(), PoolError> {
+        self.begin_round();
+        // Nothing recorded needs no room: overwrites go on to be flushed in a full pool.
+        let room = match self.commits.round.lock().is_empty() {
+            true => 0,
+            false => ROOM,
+        };
+        if !self.make_room(&mut leader, room)? {
+            self.wait_with_journal_free(leader);
+            return Ok(());
+        }
+        let mut transaction = Transaction::new(self);
+        self.collect_round(&mut transaction)?;
+        self.end_commit(leader, transaction)
+    }
+
+    /// Writes a batch, and ends the round if that was its last.
+    fn end_commit(
+        &self,
+        mut leader: Leader<'_>,
+        transaction: Transaction<'_>,
+    ) -> Result<(), PoolError> {
+        let result = self.write_batch(leader.journal(), transaction);
+        if result.is_ok() && self.commits.round.lock().is_empty() {
+            let mut state = self.commits.state.lock();
+            state.finished = state.begun;
+        }
+        drop(leader);
+        self.after_commit();
+        result
+    }
+
+    /// Called with the lead. What completed before a round begins is in it.
+    fn begin_round(&self) {
+        {
+            let mut state = self.commits.state.lock();
+            if state.begun > state.finished {
+                return;
+            }
+            state.begun += 1;
+        }
+        self.wants_commit.store(false, Ordering::SeqCst);
+        let listed = std::mem::take(&mut *self.listed.lock());
+        for volume in &listed {
+            volume.map.write().close_backlog();
+        }
+        *self.commits.round.lock() = listed.into();
+    }
+
+    /// Called with the lead: as much of the round as one batch takes.
+    fn collect_round(&self, transaction: &mut Transaction<'_>) -> Result<(), PoolError> {
+        let mut changes = Changes::default();
+        loop {
+            let Some(volume) = self.commits.round.lock().front().cloned() else {
+                break;
+            };
+            let (is_done, woken) = {
+                let mut map = volume.map.write();
+                map.collect_closed(records_per_batch(), self.shelf(), &mut changes)
+            };
+            transaction.woken.join(woken);
+            if !is_done {
+                break;
+            }
+            self.commits.round.lock().pop_front();
+        }
+        transaction.add(changes)
+    }
+
+    /// A round was begun and is not finished: whoever began it has failed, or is at it.
+    pub(super) fn is_in_round(&self) -> bool {
+        let state = self.commits.state.lock();
+        state.begun > state.finished
     }
 
     /// Runs `change` alone, with every request of `drained` over and no new one begun (R7), and
-    /// makes what it records durable as one atom, together with what changed before.
+    /// makes what it records durable as one atom, together with what changed before, as far as one
+    /// batch takes that.
     ///
     /// `change` checks first and fails before it changes anything. Besides the changes of `drained`
     /// it records [`SMALL_CHANGE_LEN_MAX`] bytes at most.
@@ -222,89 +218,35 @@ impl Pool {
     /// Runs `change` with the lead and drained disks, which are let go of when it is done.
     fn run_alone<T>(
         &self,
-        mut leader: Leader<'_>,
+        leader: Leader<'_>,
         gates: ClosedGates<'_>,
         others: Others,
         mut change: impl FnMut(&mut Transaction<'_>) -> Result<T, PoolError>,
     ) -> Result<T, PoolError> {
-        let mut gates = Some(gates);
-        let mut outcome = None;
-        let mut tail = |transaction: &mut Transaction<'_>| {
-            outcome = Some(change(transaction));
-            gates = None;
-        };
-        let result = self.commit_one(leader.journal(), others, &mut tail, &mut false);
-        drop(leader);
-        self.after_commit();
-        result?;
-        outcome.unwrap_or_else(|| Err(PoolError::invalid("the change did not run")))
-    }
-
-    /// Runs `change` with the lead and without a batch, for what the superblock alone records: it
-    /// takes no place in the journal.
-    pub(super) fn lead_for<T>(
-        &self,
-        change: impl FnOnce(&Journal) -> Result<T, PoolError>,
-    ) -> Result<T, PoolError> {
-        self.check_writable()?;
-        let mut leader = self.lead_alone(0)?;
-        change(leader.journal())
-    }
-
-    /// Takes the lead, with as many bytes for a batch as `room` says then; `None` once a round that
-    /// began at or after `mine` has finished.
-    fn lead(&self, mine: u64, room: impl Fn() -> u64) -> Result<Option<Leader<'_>>, PoolError> {
-        let mut state = self.commits.state.lock();
-        loop {
-            self.check_poison()?;
-            if state.finished >= mine {
-                return Ok(None);
-            }
-            let Some(journal) = state.journal.take() else {
-                self.commits.changed.wait(&mut state);
-                continue;
-            };
-            state.begun += 1;
-            let mut leader = Leader {
-                commits: &self.commits,
-                journal: Some(journal),
-            };
-            drop(state);
-            let journal = leader.journal();
-            if journal.room() >= room()
-                || self.switch_half(journal)?
-                || (self.write_image_now(journal)? && self.switch_half(journal)?)
-            {
-                return Ok(Some(leader));
-            }
-            drop(leader);
-            state = self.commits.state.lock();
-            if matches!(state.frozen, FrozenState::BeingWritten) {
-                self.commits.changed.wait(&mut state);
-            }
+        let mut transaction = Transaction::new(self);
+        if matches!(others, Others::TakenAlong) {
+            self.begin_round();
+            self.collect_round(&mut transaction)?;
         }
+        let outcome = change(&mut transaction);
+        drop(gates);
+        self.end_commit(leader, transaction)?;
+        outcome
     }
 
-    fn lead_alone(&self, room: u64) -> Result<Leader<'_>, PoolError> {
-        let leader = self.lead(u64::MAX, || room)?;
-        Ok(leader.expect("no round has the largest number"))
-    }
-
-    /// One batch: `tail` adds to it last. `is_done` if nothing of `others` was left for want of room.
-    fn commit_one(
+    /// Writes a batch, after the data it names.
+    fn write_batch(
         &self,
         journal: &mut Journal,
-        others: Others,
-        tail: &mut dyn FnMut(&mut Transaction<'_>),
-        is_done: &mut bool,
+        transaction: Transaction<'_>,
     ) -> Result<(), PoolError> {
-        let mut transaction = Transaction::new(self);
-        *is_done = match others {
-            Others::TakenAlong => self.collect_listed(&mut transaction)?,
-            Others::LeftOut => true,
-        };
-        tail(&mut transaction);
-        let Transaction { batch, drops, .. } = transaction;
+        let Transaction {
+            batch,
+            drops,
+            woken,
+            ..
+        } = transaction;
+        woken.wake();
         if journal.wants_image() {
             self.freeze_once(journal.last_seq() + u64::from(!batch.is_empty()));
         }
@@ -322,41 +264,29 @@ impl Pool {
         Ok(())
     }
 
-    fn collect_listed(&self, transaction: &mut Transaction<'_>) -> Result<bool, PoolError> {
-        let listed = std::mem::take(&mut *self.listed.lock());
-        let mut left = Vec::new();
-        let mut records = Vec::new();
-        for volume in listed {
-            let mut map = volume.map.write();
-            let is_done = map.collect(
-                records_per_batch(),
-                &mut records,
-                &mut transaction.drops,
-                &self.space,
-            );
-            map.is_listed = !is_done;
-            drop(map);
-            if !is_done {
-                left.push(volume);
-            }
-        }
-        records
-            .iter()
-            .try_for_each(|record| transaction.record(record))?;
-        let is_done = left.is_empty();
-        self.listed.lock().extend(left);
-        Ok(is_done)
-    }
-
-    /// So much has changed that it should be committed without being asked: what is not in the
-    /// journal takes memory.
+    /// So much has changed that it should be committed, and there is no background thread to do it:
+    /// what is not in the journal takes memory.
     #[must_use]
     pub fn wants_commit(&self) -> bool {
-        const CHANGES_MAX: usize = 8 * TAIL_RECORDS_MAX;
-        // Cloned: maps are locked before the list is.
-        let listed = self.listed.lock().clone();
-        let pending = |volume: &Arc<Volume>| volume.map.read().pending_max();
-        listed.iter().map(pending).sum::<usize>() > CHANGES_MAX
+        self.wants_commit.load(Ordering::Relaxed) && !self.has_background()
+    }
+
+    /// Whether the disk has changed so much since the last commits that its next changes wait for
+    /// one, and those of no other disk. Without a background thread nobody waits: who changes
+    /// something commits, too ([`Pool::wants_commit`]).
+    #[must_use]
+    pub fn must_wait(&self, map: &Map) -> bool {
+        map.backlog_len() >= BACKLOG_MAX && self.has_background()
+    }
+
+    /// Wakes all who wait for a commit.
+    pub(super) fn wake_stalled(&self) {
+        let volumes: Vec<_> =
+            self.with_catalogue(|all| all.iter().map(|item| Arc::clone(&item.volume)).collect());
+        for volume in volumes {
+            let woken = volume.map.write().take_stalled();
+            woken.wake();
+        }
     }
 
     /// Puts `volume` on the list of those with changes; called with its map locked.
@@ -365,108 +295,11 @@ impl Pool {
             map.is_listed = true;
             self.listed.lock().push(Arc::clone(volume));
         }
-    }
-
-    fn freeze_once(&self, seq: u64) {
-        let mut state = self.commits.state.lock();
-        if matches!(state.frozen, FrozenState::None) {
-            state.frozen = FrozenState::Waiting(Box::new(self.freeze(seq)));
-        }
-    }
-
-    /// The forest as it is, consistent because structural changes wait for the leader, who calls.
-    fn freeze(&self, seq: u64) -> Frozen {
-        let catalogue = self.catalogue.read();
-        let disks = catalogue.iter().map(|item| {
-            let map = item.volume.map.read();
-            let (last_fork, changed) = (map.last_fork, map.changed);
-            FrozenDisk {
-                row: item.row.clone(),
-                tree: map.tree.clone(),
-                last_fork,
-                changed,
-            }
-        });
-        Frozen {
-            seq,
-            generation: Generation(self.generation.load(Ordering::Relaxed)),
-            next_disk: DiskId(self.next_disk.load(Ordering::Relaxed)),
-            disks: disks.collect(),
-        }
-    }
-
-    /// The journal is full: write an image of the forest before anything else. `false` if one is
-    /// being written already: two would race, and the older one come into force last.
-    fn write_image_now(&self, journal: &mut Journal) -> Result<bool, PoolError> {
-        let old = {
-            let mut state = self.commits.state.lock();
-            match std::mem::replace(&mut state.frozen, FrozenState::BeingWritten) {
-                FrozenState::BeingWritten => return Ok(false),
-                old @ (FrozenState::None | FrozenState::Waiting(_)) => old,
-            }
-        };
-        if let FrozenState::Waiting(frozen) = old {
-            self.retire(frozen.into_dropped());
-        }
-        let frozen = self.freeze(journal.last_seq());
-        let result = self
-            .write_image(&frozen)
-            .and_then(|written| self.adopt(written, journal));
-        self.retire(frozen.into_dropped());
-        self.commits.state.lock().frozen = FrozenState::None;
-        result.map(|()| true)
-    }
-
-    /// Writes an image of the forest as it is and puts it in force, where nobody else has the pool.
-    ///
-    /// # Errors
-    /// No space, or the store failed.
-    pub(super) fn write_image_alone(&self) -> Result<(), PoolError> {
-        let mut leader = self.lead_alone(ROOM)?;
-        let is_written = self.write_image_now(leader.journal())?;
-        assert!(is_written, "nobody else writes one");
-        Ok(())
-    }
-
-    /// Writes the image of a forest frozen by an earlier commit, if there is one. Requests and
-    /// commits go on meanwhile.
-    ///
-    /// # Errors
-    /// No space, or the store failed; the journal still has everything.
-    pub fn write_frozen_image(&self) -> Result<bool, PoolError> {
-        let frozen = {
-            let mut state = self.commits.state.lock();
-            match std::mem::replace(&mut state.frozen, FrozenState::BeingWritten) {
-                FrozenState::Waiting(frozen) => frozen,
-                other @ (FrozenState::None | FrozenState::BeingWritten) => {
-                    state.frozen = other;
-                    return Ok(false);
-                }
-            }
-        };
-        let written = self.write_image(&frozen);
-        self.retire(frozen.into_dropped());
-        let result = written.and_then(|written| {
-            let mut state = self.commits.state.lock();
-            let journal = self.wait_for_journal(&mut state);
-            drop(state);
-            let mut leader = Leader {
-                commits: &self.commits,
-                journal: Some(journal),
-            };
-            self.adopt(written, leader.journal())
-        });
-        self.commits.state.lock().frozen = FrozenState::None;
-        self.commits.changed.notify_all();
-        result.map(|()| true)
-    }
-
-    fn wait_for_journal(&self, state: &mut MutexGuard<'_, State>) -> Journal {
-        loop {
-            if let Some(journal) = state.journal.take() {
-                return journal;
-            }
-            self.commits.changed.wait(state);
+        let freed_max = FREED_LEN_SOFT / self.cluster_size.bytes();
+        let freed_max = u32::try_from(freed_max).unwrap_or(u32::MAX);
+        if map.wants_commit(freed_max) && !self.wants_commit.load(Ordering::Relaxed) {
+            self.wants_commit.store(true, Ordering::SeqCst);
+            self.hurry();
         }
     }
 
@@ -485,24 +318,93 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cowdisk::{self, Disk, NewDisk};
+    use crate::format::units::ClusterSize;
     use crate::pool::{CreateOptions, OpenOptions, open};
     use crate::storage::{SimStorage, Storage};
 
-    /// The older of two images that were written at once came into force last, and replay then
-    /// missed the batches between them, which were overwritten by then.
+    const CLUSTER: u64 = 16 << 10;
+    const LEAF: u64 = 64 * CLUSTER;
+
+    fn opened(storage: &Arc<SimStorage>) -> Arc<Pool> {
+        let store = Arc::clone(storage) as Arc<dyn Storage>;
+        Pool::open(store, &OpenOptions::default()).expect("opens")
+    }
+
+    /// Writes batches until the round under way is over.
+    fn end_round(pool: &Pool) {
+        while pool.is_in_round() {
+            let leader = pool.lead(u64::MAX).expect("not poisoned");
+            pool.commit_some(leader.expect("no such round"))
+                .expect("commits");
+        }
+    }
+
+    /// Between two batches of a round a leaf that is to go into the second is discarded as a whole
+    /// and written again.
     #[test]
-    fn no_image_is_begun_while_another_is_being_written() {
-        let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(16 << 20));
+    fn what_changes_during_a_round_undoes_nothing_of_it_and_is_not_undone() {
+        let storage = Arc::new(SimStorage::new(256 << 20));
+        let options = CreateOptions {
+            cluster_size: ClusterSize::from_bytes(CLUSTER).expect("in range"),
+            ..CreateOptions::new(256 << 20)
+        };
+        open::create(&*storage, &options).expect("an empty pool");
+        let pool = opened(&storage);
+        cowdisk::create(&pool, &NewDisk::empty("d", 1 << 30)).expect("creates");
+        let d = Disk::open(&pool, "d").expect("there");
+        let write = |at: u64, value: u8| d.write_at(&[value; 1024], at).expect("writes");
+        for cluster in 0..3 {
+            write(cluster * CLUSTER, 1);
+        }
+        d.flush().expect("flushes");
+        // Discarded before the round begins; the leaf is the first of many, which are taken from
+        // the end.
+        d.discard(0, CLUSTER).expect("discards");
+        for cluster in 0..10_000 {
+            write(LEAF + cluster * CLUSTER, 2);
+        }
+        let leader = pool.lead(u64::MAX).expect("not poisoned");
+        pool.commit_some(leader.expect("no such round"))
+            .expect("commits");
+        assert!(pool.is_in_round(), "one batch is not enough");
+        d.discard(0, LEAF).expect("discards");
+        write(5 * CLUSTER, 3);
+        end_round(&pool);
+        let seen = |later: &Arc<Pool>, cluster: u64| {
+            let d = Disk::open(later, "d").expect("there");
+            let mut byte = [9; 512];
+            d.read_at(&mut byte, cluster * CLUSTER).expect("reads");
+            byte[0]
+        };
+        let later = opened(&Arc::new(storage.crash_all_lost()));
+        assert_eq!(seen(&later, 0), 0, "it was discarded before the round");
+        assert_eq!(seen(&later, 64), 2, "it was written before the round");
+        pool.flush().expect("flushes");
+        let last = opened(&Arc::new(storage.crash_all_lost()));
+        for pool in [&pool, &last] {
+            let all: Vec<u8> = (0..6).map(|cluster| seen(pool, cluster)).collect();
+            assert_eq!(all, [0, 0, 0, 0, 0, 3]);
+        }
+    }
+
+    /// A discard of a leaf with changes is no longer in the journal than one of a leaf without.
+    #[test]
+    fn a_leaf_that_was_discarded_as_a_whole_is_one_record() {
+        let storage = Arc::new(SimStorage::new(16 << 20));
         open::create(&*storage, &CreateOptions::new(16 << 20)).expect("an empty pool");
-        let pool = Pool::open(storage, &OpenOptions::default()).expect("opens");
-        pool.commits.state.lock().frozen = FrozenState::BeingWritten;
-        let mut leader = pool.lead_alone(ROOM).expect("nobody leads");
-        let image = pool.write_image_now(leader.journal());
-        assert_eq!(image.map_err(|e| e.to_string()), Ok(false));
-        assert!(pool.superblock().image.is_none());
-        pool.commits.state.lock().frozen = FrozenState::None;
-        let image = pool.write_image_now(leader.journal());
-        assert_eq!(image.map_err(|e| e.to_string()), Ok(true));
-        assert!(pool.superblock().image.is_some());
+        let pool = opened(&storage);
+        cowdisk::create(&pool, &NewDisk::empty("d", 1 << 30)).expect("creates");
+        let d = Disk::open(&pool, "d").expect("there");
+        for n in 0..64 {
+            d.write_at(&[1; 4096], n * (64 << 10)).expect("writes");
+        }
+        d.discard(0, 64 * (64 << 10)).expect("discards");
+        let mut changes = Changes::default();
+        let item = pool.find("d").expect("there");
+        let woken = item.volume.map.write().collect(pool.shelf(), &mut changes);
+        woken.wake();
+        assert_eq!(changes.records.len(), 1, "{:?}", changes.records);
+        assert!(item.volume.map.read().tree.next_leaf(0).is_none());
     }
 }

@@ -39,11 +39,13 @@
 //!
 //! Lock order: leadership (the journal), catalogue, one map, space. No lock is held over I/O.
 
+pub mod backlog;
 pub mod bitmap;
 pub mod busy;
 pub mod by_cluster;
 pub mod catalogue;
 pub mod check;
+mod checkpoint;
 pub mod commit;
 pub mod counts;
 pub mod derive;
@@ -53,6 +55,7 @@ pub mod error;
 pub mod gate;
 pub mod image;
 pub mod journal;
+mod lead;
 pub mod load;
 pub mod lost;
 pub mod map;
@@ -79,11 +82,12 @@ use crate::format::units::{ClusterSize, Generation};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock, Shared};
+use backlog::Shelf;
 use catalogue::{Catalogue, Item};
-use commit::Commits;
 use gate::Epochs;
 use image::{Frozen, Written};
 use journal::Journal;
+use lead::Commits;
 use map::{Dropped, Leaf};
 use space::Space;
 use std::collections::VecDeque;
@@ -106,8 +110,10 @@ pub struct Pool {
     generation: AtomicU32,
     next_disk: AtomicU32,
     commits: Commits,
-    /// Volumes with changes that no batch has.
+    /// Volumes with changes that no round of commits has begun to write. Lock order: after maps.
     listed: Mutex<Vec<Arc<Volume>>>,
+    /// So much has changed that it should be committed without being asked for.
+    wants_commit: AtomicBool,
     /// Something was written since the last flush began.
     unflushed: AtomicBool,
     ended: OnceLock<Ended>,
@@ -167,6 +173,15 @@ impl Pool {
     #[must_use]
     pub fn generation(&self) -> Generation {
         Generation(self.generation.load(Ordering::Relaxed))
+    }
+
+    /// What maps need of the pool to say what they changed.
+    #[must_use]
+    pub fn shelf(&self) -> Shelf<'_> {
+        Shelf {
+            space: &self.space,
+            zero_leaf: &self.zero_leaf,
+        }
     }
 
     /// The leaf of zeros that discarded parts of a base share.
@@ -238,6 +253,8 @@ impl Pool {
         let reason = format!("{action} failed ({source})");
         // Only the first failure is kept: the others follow from it.
         self.ended.get_or_init(|| Ended::Failed(reason));
+        // No commit is going to take what they wait for.
+        self.wake_stalled();
         PoolError::Storage { action, source }
     }
 

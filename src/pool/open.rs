@@ -1,9 +1,9 @@
 //! Creating, opening and closing a pool: superblock, image, replay, and what is derived from them.
 
-use super::commit::Commits;
 use super::derive::derive;
 use super::error::PoolError;
 use super::gate::{ClosedGates, Epochs};
+use super::lead::Commits;
 use super::load::{Loaded, check_len, load, read_superblock};
 use super::quota::Quota;
 use super::space::Space;
@@ -228,6 +228,7 @@ impl Pool {
             next_disk: AtomicU32::new(replay.next_disk),
             commits: Commits::new(journal),
             listed: Mutex::default(),
+            wants_commit: AtomicBool::new(false),
             unflushed: AtomicBool::new(false),
             ended: OnceLock::new(),
             zero_leaf: replay.zeros.leaf,

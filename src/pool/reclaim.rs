@@ -17,6 +17,8 @@ const REAP_STEPS: usize = 65536;
 const CLUSTERS_PER_LOOK: u32 = 256;
 /// How long nothing must have happened before freed space goes back ([`Return::Idle`]).
 const IDLE: Duration = Duration::from_millis(500);
+/// For how many such whiles nobody must have committed before what was discarded is.
+const IDLE_TURNS: u32 = 4;
 
 impl Pool {
     /// Takes back the clusters that disks have set aside for their next writes: a full pool has
@@ -132,9 +134,11 @@ impl Pool {
         Ok(())
     }
 
-    /// Called when a request waits for space: what was discarded becomes free only by a commit,
-    /// which nobody else may ever ask for.
+    /// Called when a request waits for space or for a commit: what was discarded becomes free only
+    /// by a commit, which nobody else may ever ask for.
     pub fn hurry(&self) {
+        // The lock keeps this from falling between the thread's look and its sleep.
+        drop(self.is_closing.lock());
         self.work.notify_one();
     }
 
@@ -177,17 +181,28 @@ impl Pool {
     }
 
     fn run_background(&self) {
+        let mut idle_turns = 0;
         loop {
             let is_idle = {
                 let mut is_closing = self.is_closing.lock();
                 if *is_closing {
                     return;
                 }
-                self.work.wait_for(&mut is_closing, IDLE).timed_out()
+                !self.wants_commit.load(Ordering::SeqCst)
+                    && self.work.wait_for(&mut is_closing, IDLE).timed_out()
             };
-            if self.space.is_waited_for() {
-                // Whoever waits finds out by planning again; a poisoned pool refuses that.
-                drop(self.flush());
+            idle_turns = if is_idle { idle_turns + 1 } else { 0 };
+            let is_owed = idle_turns >= IDLE_TURNS && self.has_drops();
+            if self.wants_commit.load(Ordering::SeqCst)
+                || self.space.is_waited_for()
+                || self.is_in_round()
+                || is_owed
+            {
+                // Whoever waits finds out by planning again; a poisoned pool refuses that. A round
+                // that met no space is gone on with when there is some, not at once.
+                if self.flush().is_err() {
+                    self.wants_commit.store(false, Ordering::SeqCst);
+                }
             }
             // A failed image is tried again when the journal is full, where the error is told.
             drop(self.write_frozen_image());
@@ -202,6 +217,14 @@ impl Pool {
                 drop(self.punch_written(u32::MAX));
             }
         }
+    }
+
+    /// A disk let go of something, and nobody has asked for a commit since: guests of ephemeral disks
+    /// never do.
+    fn has_drops(&self) -> bool {
+        // Cloned: maps are locked before the list is.
+        let listed = self.listed.lock().clone();
+        listed.iter().any(|volume| volume.map.read().has_drops())
     }
 
     /// Freed space kept for quick reuse has a limit: a sixteenth of the pool.
@@ -220,6 +243,8 @@ impl Drop for Ending {
         self.0.has_background.store(false, Ordering::SeqCst);
         drop(is_closing);
         self.0.work.notify_all();
+        // From now on nobody waits for a commit.
+        self.0.wake_stalled();
     }
 }
 

@@ -2,9 +2,11 @@
 //! counters. How it is run and made durable is in `commit`.
 
 use super::Pool;
+use super::backlog::Changes;
 use super::error::PoolError;
 use super::map::Dropped;
 use super::volume::Map;
+use super::woken::Woken;
 use crate::format::catalogue::Row;
 use crate::format::journal::{BatchWriter, Record};
 use crate::format::units::{DiskId, Generation};
@@ -17,6 +19,8 @@ pub struct Transaction<'a> {
     pub pool: &'a Pool,
     pub(super) batch: BatchWriter,
     pub(super) drops: Vec<Dropped>,
+    /// Requests that waited for what was taken into the batch.
+    pub(super) woken: Woken,
 }
 
 impl<'a> Transaction<'a> {
@@ -25,6 +29,7 @@ impl<'a> Transaction<'a> {
             pool,
             batch: BatchWriter::default(),
             drops: Vec::new(),
+            woken: Woken::default(),
         }
     }
 
@@ -51,19 +56,25 @@ impl<'a> Transaction<'a> {
     /// # Errors
     /// Never for maps; as [`Transaction::record`].
     pub fn collect(&mut self, map: &mut Map) -> Result<(), PoolError> {
-        let mut records = Vec::new();
-        map.collect(usize::MAX, &mut records, &mut self.drops, &self.pool.space);
+        let mut changes = Changes::default();
+        self.woken
+            .join(map.collect(self.pool.shelf(), &mut changes));
+        self.add(changes)
+    }
+
+    /// Adds what a map said.
+    pub(super) fn add(&mut self, changes: Changes) -> Result<(), PoolError> {
+        let Changes { records, mut drops } = changes;
+        self.drops.append(&mut drops);
         records.iter().try_for_each(|record| self.record(record))
     }
 
     /// Drops the changes of a disk that is going away: only its references matter now.
     pub fn discard_changes(&mut self, map: &mut Map) {
-        map.collect(
-            usize::MAX,
-            &mut Vec::new(),
-            &mut self.drops,
-            &self.pool.space,
-        );
+        let mut changes = Changes::default();
+        self.woken
+            .join(map.collect(self.pool.shelf(), &mut changes));
+        self.drops.append(&mut changes.drops);
     }
 
     /// Takes a generation: what exists now may be shared afterwards, what is born later is not.

@@ -1,6 +1,7 @@
-//! One disk or snapshot in memory: its map, what of the map is not yet in the journal, the
-//! clusters some request is busy with, and the gate its requests pass.
+//! One disk or snapshot in memory: its map, the clusters some request is busy with, and the gate its
+//! requests pass. What of the map is not yet in the journal is in `backlog`.
 
+use super::backlog::{Backlog, unmapped};
 use super::busy::Busy;
 use super::error::PoolError;
 use super::gate::Gate;
@@ -10,11 +11,13 @@ use super::slab::{NewCluster, Slab};
 use super::space::{Purpose, Space};
 use super::woken::Woken;
 use crate::format::catalogue::Row;
-use crate::format::journal::{Entry, Record};
+use crate::format::image::LEAF_ENTRIES;
+use crate::format::journal::Entry;
 use crate::format::units::{ClusterSize, DiskId, Generation, Lcn};
 use crate::sync::atomic::{AtomicBool, AtomicU32};
 use crate::sync::{RwLock, Shared};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::task::Waker;
 
 /// A disk or snapshot.
@@ -63,10 +66,13 @@ pub struct Map {
     pub is_deleted: bool,
     /// Whether the pool knows that there is something to collect here.
     pub is_listed: bool,
+    /// What the round of commits under way has still to write of this disk.
+    pub(super) closing: Backlog,
+    /// What has changed since that round began.
+    pub(super) backlog: Backlog,
+    /// Requests that wait for a commit to take some of it.
+    pub(super) stalled: Vec<Waker>,
     slab: Slab,
-    dirty_leaves: Vec<u32>,
-    unmaps: Vec<(Lcn, u32, bool)>,
-    drops: Vec<Dropped>,
 }
 
 impl Volume {
@@ -94,10 +100,10 @@ impl Volume {
             waiting: Vec::new(),
             is_deleted: false,
             is_listed: false,
+            closing: Backlog::default(),
+            backlog: Backlog::default(),
+            stalled: Vec::new(),
             slab: Slab::default(),
-            dirty_leaves: Vec::new(),
-            unmaps: Vec::new(),
-            drops: Vec::new(),
         };
         let volume = Self {
             id: row.id,
@@ -131,10 +137,11 @@ impl Map {
         let (leaf_number, place) = leaf_of(lcn);
         let leaf = self.tree.leaf_mut(leaf_number, &space.counts);
         let old = std::mem::replace(&mut leaf.entries[place], new);
-        if leaf.dirty == 0 {
-            self.dirty_leaves.push(leaf_number);
-        }
+        let before = leaf.dirty;
         leaf.dirty |= 1 << place;
+        if leaf.dirty != before {
+            self.note_leaf(leaf_number, 1, before == 0);
+        }
         for cluster in new.clusters() {
             if cluster != 0 && !old.refers_to(cluster) {
                 space.counts.retain(cluster);
@@ -142,7 +149,7 @@ impl Map {
         }
         for cluster in old.clusters() {
             if cluster != 0 && !new.refers_to(cluster) {
-                self.drops.push(Dropped::Cluster(cluster));
+                self.note_drop(Dropped::Cluster(cluster), 1);
             }
         }
         self.changed = now;
@@ -195,27 +202,12 @@ impl Map {
         self.slab.len()
     }
 
-    /// Drops a reference that no entry of this map holds any more.
-    pub fn drop_later(&mut self, dropped: Dropped) {
-        self.drops.push(dropped);
-    }
-
     /// Puts `tree` in the place of this disk's map; the old one is dropped.
     pub fn replace_tree(&mut self, tree: Tree) {
         let old = std::mem::replace(&mut self.tree, tree);
-        self.drops.extend(old.root.map(Dropped::Root));
-    }
-
-    /// Whether anything is waiting to be collected.
-    #[must_use]
-    pub fn has_changes(&self) -> bool {
-        !(self.dirty_leaves.is_empty() && self.unmaps.is_empty() && self.drops.is_empty())
-    }
-
-    /// Most records that [`Map::collect`] could return now.
-    #[must_use]
-    pub fn pending_max(&self) -> usize {
-        self.dirty_leaves.len() * 64 + self.unmaps.len()
+        if let Some(root) = old.root {
+            self.note_drop(Dropped::Root(root), 0);
+        }
     }
 
     /// Whose space its next cluster comes from.
@@ -226,59 +218,6 @@ impl Map {
         } else {
             Purpose::Data
         }
-    }
-
-    /// Takes what changed since the last time as records, about `most` at most; the references
-    /// dropped by them come along with the last. `true` if nothing is left. Built from the entries
-    /// as they are now: an `alloc` bit is there only if its data write has completed (R1, I2).
-    pub fn collect(
-        &mut self,
-        most: usize,
-        records: &mut Vec<Record>,
-        drops: &mut Vec<Dropped>,
-        space: &Space,
-    ) -> bool {
-        let id = self.id;
-        // Unmaps first: an entry set after an unmap is dirty, and its record says what it is now.
-        let now = self.unmaps.len().min(most.saturating_sub(records.len()));
-        records.extend(
-            self.unmaps
-                .drain(..now)
-                .map(|(first, count, is_zeroed)| Record::Unmap {
-                    disk: id,
-                    first,
-                    count,
-                    is_zeroed,
-                }),
-        );
-        if !self.unmaps.is_empty() {
-            return false;
-        }
-        while records.len() < most {
-            let Some(number) = self.dirty_leaves.pop() else {
-                drops.append(&mut self.drops);
-                return true;
-            };
-            if self.tree.leaf(number).is_none_or(|leaf| leaf.dirty == 0) {
-                continue;
-            }
-            let leaf = self.tree.leaf_mut(number, &space.counts);
-            let dirty = std::mem::take(&mut leaf.dirty);
-            for place in (0..64).filter(|place| dirty >> place & 1 == 1) {
-                let lcn = Lcn(number * 64 + place);
-                let entry = leaf.entries[leaf_of(lcn).1];
-                records.push(Record::Map {
-                    disk: id,
-                    lcn,
-                    entry,
-                });
-            }
-        }
-        let is_done = self.dirty_leaves.is_empty();
-        if is_done {
-            drops.append(&mut self.drops);
-        }
-        is_done
     }
 
     /// Unmaps `count` clusters from `first`. Whole leaves go at once, with one record for all.
@@ -302,11 +241,7 @@ impl Map {
                 lcn = self.unmap_leaves(leaf, (end - lcn) / 64, base_end, zero_leaf, now);
                 continue;
             }
-            let zero = if lcn < base_end { u16::MAX } else { 0 };
-            let new = Entry {
-                zero,
-                ..Entry::default()
-            };
+            let new = unmapped(lcn < base_end);
             if self.get(Lcn(lcn)) != new {
                 self.set(space, Lcn(lcn), new, now);
             }
@@ -325,39 +260,61 @@ impl Map {
     ) -> u32 {
         let end = first + count;
         let zeroed_end = base_end.div_ceil(64).clamp(first, end);
+        let mut run = first;
         for leaf in first..zeroed_end {
-            let old = self.tree.replace_leaf(leaf, Some(Shared::clone(zero_leaf)));
-            self.forget_leaf(old);
+            run = self.unmap_leaf(leaf, run, Some(zero_leaf));
         }
+        self.note_leaves(run..zeroed_end, true);
+        run = zeroed_end;
         let mut next = self.tree.next_leaf(zeroed_end);
         while let Some(leaf) = next.filter(|leaf| *leaf < end) {
-            let old = self.tree.replace_leaf(leaf, None);
-            self.forget_leaf(old);
+            run = self.unmap_leaf(leaf, run, None);
             next = leaf
                 .checked_add(1)
                 .and_then(|leaf| self.tree.next_leaf(leaf));
         }
-        if zeroed_end > first {
-            self.unmaps
-                .push((Lcn(first * 64), (zeroed_end - first) * 64, true));
-        }
-        if end > zeroed_end {
-            self.unmaps
-                .push((Lcn(zeroed_end * 64), (end - zeroed_end) * 64, false));
-        }
+        self.note_leaves(run..end, false);
         self.changed = now;
         end * 64
     }
 
+    /// Unmaps a leaf at the end of a run of leaves that one record is going to name. A leaf that waits
+    /// in a backlog is not in the run: the record could come after the leaf's own, and undo it. It
+    /// stays, empty and changed as a whole. Returns where the run begins.
+    fn unmap_leaf(&mut self, leaf: u32, run: u32, zero_leaf: Option<&Shared<Leaf>>) -> u32 {
+        let dirty = self.tree.leaf(leaf).map_or(0, |leaf| leaf.dirty);
+        if dirty == 0 {
+            let old = self.tree.replace_leaf(leaf, zero_leaf.cloned());
+            self.forget_leaf(old);
+            return run;
+        }
+        self.note_leaves(run..leaf, zero_leaf.is_some());
+        let empty = Leaf {
+            entries: [unmapped(zero_leaf.is_some()); LEAF_ENTRIES],
+            dirty: u64::MAX,
+        };
+        let old = self.tree.replace_leaf(leaf, Some(Shared::new(empty)));
+        self.forget_leaf(old);
+        self.note_leaf(leaf, dirty.count_zeros(), false);
+        leaf + 1
+    }
+
+    fn note_leaves(&mut self, leaves: Range<u32>, is_zeroed: bool) {
+        if !leaves.is_empty() {
+            let count = (leaves.end - leaves.start) * 64;
+            self.note_unmap(Lcn(leaves.start * 64), count, is_zeroed);
+        }
+    }
+
     fn forget_leaf(&mut self, old: Option<Shared<Leaf>>) {
         let Some(leaf) = old else { return };
-        let freed: u64 = leaf
-            .entries
-            .iter()
-            .map(|entry| self.counted_subs(entry))
-            .sum();
+        let (mut freed, mut clusters) = (0_u64, 0_u32);
+        for entry in &leaf.entries {
+            freed += self.counted_subs(entry);
+            clusters += u32::from(entry.own != 0) + u32::from(entry.under != 0);
+        }
         self.used_subs = self.used_subs.saturating_sub(freed);
-        self.drops.push(Dropped::Leaf(leaf));
+        self.note_drop(Dropped::Leaf(leaf), clusters);
     }
 
     /// Sets the limit from its catalogue form, bytes.
@@ -423,10 +380,7 @@ impl Map {
 
     /// `count` clusters from `first` map to nothing, or to zeros.
     pub fn replay_unmap(&mut self, replay: &Replay, first: Lcn, count: u32, is_zeroed: bool) {
-        let new = Entry {
-            zero: if is_zeroed { u16::MAX } else { 0 },
-            ..Entry::default()
-        };
+        let new = unmapped(is_zeroed);
         let end = first.0.saturating_add(count);
         let mut lcn = first.0;
         while lcn < end {
