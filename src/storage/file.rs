@@ -165,7 +165,11 @@ impl FileStorage {
         let kind = sys::Kind::from(metadata.file_type());
         let len = match kind {
             sys::Kind::BlockDevice => sys::device_len(&file).map_err(io("measure"))?,
-            sys::Kind::Regular | sys::Kind::Other => metadata.len(),
+            sys::Kind::Regular => metadata.len(),
+            sys::Kind::Other => {
+                let path = path.to_owned();
+                return Err(OpenError::NotAStore { path });
+            }
         };
         let tier = choose_tier(&file, kind, len, access, caching).map_err(io("examine"))?;
         Ok(Self {

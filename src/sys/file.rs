@@ -82,7 +82,10 @@ pub fn open(path: &Path, mode: Mode) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).mode(0o600);
     match mode {
-        Mode::Read => {}
+        // A pipe that took the place of a file since that was looked at would wait for its other end.
+        Mode::Read => {
+            options.custom_flags(libc::O_NONBLOCK);
+        }
         Mode::ReadWrite => {
             options.write(true);
             // Without O_CREAT, O_EXCL means "claim" on block devices and nothing elsewhere.
@@ -95,7 +98,12 @@ pub fn open(path: &Path, mode: Mode) -> io::Result<File> {
         }
     }
     #[expect(clippy::disallowed_methods, reason = "this is the wrapper")]
-    options.open(path)
+    let file = options.open(path)?;
+    if mode == Mode::Read {
+        // With it a ring would fail where it should wait.
+        set_flag(&file, OFlag::O_NONBLOCK, false)?;
+    }
+    Ok(file)
 }
 
 /// Makes the directory entry of `path` durable: a new file is not in its directory after a crash
