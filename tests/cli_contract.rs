@@ -571,6 +571,9 @@ fn qcow2_goes_in_and_comes_out_as_it_was() {
             "import",
             &format!("{name}.qcow2"),
             &format!("p:{name}"),
+            // One that leads to other files is read when somebody says what it is.
+            "--format",
+            "qcow2",
         ]);
         let out = format!("{name}-out.qcow2");
         shell.ok(&[
@@ -589,6 +592,8 @@ fn qcow2_goes_in_and_comes_out_as_it_was() {
             &format!("p:over-{name}"),
             "--base",
             &format!("{name}.qcow2"),
+            "--base-format",
+            "qcow2",
         ]);
         let diff = shell.json(&[
             "disk",

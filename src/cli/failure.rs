@@ -67,8 +67,14 @@ impl Failure {
             (DiskErrorKind::Damaged, _) => "damaged",
             (DiskErrorKind::Interrupted, _) => "interrupted",
         };
-        let failure = Self::new(kind, object, error);
+        let shown = object.to_string();
+        let failure = Self::new(kind, &shown, error);
         match error {
+            DiskError::BaseChanged { .. } => failure.hint(format!(
+                "put back what was there; or, if it was moved or restored from a copy, have that compared \
+                 and taken: `tidepool disk rebase {shown} --base FILE` (`--accept` if it is at the same \
+                 path)"
+            )),
             DiskError::NoSpace => failure.hint(
                 "delete or discard something, enlarge the pool, or make space on the host \
                  (`tidepool pool trim` gives freed space back)",
@@ -82,6 +88,15 @@ impl Failure {
             | DiskError::Interrupted
             | DiskError::Pool(_) => failure,
         }
+    }
+
+    /// What was wrong with an image that was named.
+    #[must_use]
+    pub(super) fn image(path: &Path, error: &DiskError) -> Self {
+        if let DiskError::Base { path, what } = error {
+            return Self::new("base", path, what);
+        }
+        Self::disk(path.display(), error)
     }
 
     /// What a pool said.

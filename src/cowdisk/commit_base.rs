@@ -5,7 +5,7 @@
 //! and a commit that was interrupted can be begun again. The base is not what it was then, though,
 //! and is refused until the commit is finished.
 
-use super::base::{Base, identity, is_same};
+use super::base::{Base, identity, is_same, samples};
 use super::disk::{Disk, Handle};
 use super::error::DiskError;
 use super::extents::ExtentKind;
@@ -56,7 +56,9 @@ pub fn commit_to_base(
     // What the base is known by from now on must be durable too: its time of last write.
     let synced = file.sync_all();
     synced.map_err(DiskError::io("flushing the base image"))?;
-    let now = Base::examine(path, BaseFormat::Raw)?;
+    let mut now = Base::examine(path, BaseFormat::Raw)?;
+    let taken = samples::take(now.file_len, |buf, at| file.read_at(buf, at));
+    now.samples = Some(taken.map_err(DiskError::io("reading the base image"))?);
     empty(pool, &item, reference, &now)?;
     Ok(written)
 }
@@ -98,7 +100,11 @@ fn check_base<'a>(pool: &Pool, item: &'a Item) -> Result<&'a BaseRef, DiskError>
             "the base of `{name}` is not raw, and cannot be written; export the disk instead"
         ));
     }
-    let is_ours = |other: &BaseRef| is_one_file(other, base);
+    let is_below = |other: &BaseRef| {
+        let mut below = other.below.iter().flatten();
+        below.any(|file| file.path == base.path)
+    };
+    let is_ours = |other: &BaseRef| is_one_file(other, base) || is_below(other);
     let others = pool.items().into_iter().map(|other| other.row);
     let others: Vec<String> = others
         .filter(|row| row.id != item.row.id && row.base.as_ref().is_some_and(is_ours))

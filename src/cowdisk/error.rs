@@ -49,6 +49,15 @@ pub enum DiskError {
         /// What is wrong, and what to do.
         what: String,
     },
+    /// The base image, or a file below it, is missing or not what it was: it was changed, moved, or
+    /// put back from a copy.
+    #[error("base image {path}: {what}")]
+    BaseChanged {
+        /// Its path.
+        path: String,
+        /// What differs.
+        what: String,
+    },
     /// The store below failed.
     #[error("{action}: {source}")]
     Io {
@@ -123,7 +132,7 @@ impl DiskError {
             DiskError::Deleted { .. } => DiskErrorKind::Deleted,
             DiskError::NoSpace => DiskErrorKind::NoSpace,
             DiskError::LimitReached { .. } => DiskErrorKind::LimitReached,
-            DiskError::Base { .. } => DiskErrorKind::Base,
+            DiskError::Base { .. } | DiskError::BaseChanged { .. } => DiskErrorKind::Base,
             DiskError::Io { .. } => DiskErrorKind::Io,
             DiskError::Interrupted => DiskErrorKind::Interrupted,
             DiskError::Pool(PoolError::Poisoned { .. } | PoolError::Closed) => {

@@ -60,8 +60,9 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
         .base
         .as_ref()
         .map(|(path, format)| Base::adopt(path, *format));
+    // Open until the row that names it is durable.
     let base = adopted.transpose()?;
-    let base_len = base.as_ref().map_or(0, |base| base.disk_len());
+    let base_len = base.as_ref().map_or(0, |(base, _)| base.disk_len());
     let size = new.size.unwrap_or(base_len).next_multiple_of(SECTOR);
     check_size(pool, size)?;
     pool.transact(&[], |transaction| {
@@ -76,7 +77,7 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
             size,
             created: unix_seconds(),
             birth_generation: Generation(0),
-            base: base.as_ref().map(|base| base.reference().clone()),
+            base: base.as_ref().map(|(_, reference)| reference.clone()),
             base_len: base_len.min(size),
             limit: new.limit,
             reserve: new.reserve,

@@ -56,7 +56,7 @@ mod usage;
 mod write;
 
 pub use crate::storage::Tier;
-pub use base::Base;
+pub use base::{Base, probe};
 pub use commit_base::commit_to_base;
 pub use copy::CopyJob;
 pub use diff::{Comparison, diff};

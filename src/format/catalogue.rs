@@ -37,6 +37,37 @@ pub struct BaseRef {
     pub mtime_ns: i64,
     /// Time of the last change of the inode, nanoseconds since 1970.
     pub ctime_ns: i64,
+    /// The other files it is read from, from the top down: data files and backing files. `None` in
+    /// rows of before these were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub below: Option<Vec<FileRef>>,
+    /// Samples of what it reads as. `None` in rows of before these were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<Samples>,
+}
+
+/// A file below the top one of a base, and what it looked like when that was taken as a base.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRef {
+    /// Absolute path.
+    pub path: String,
+    /// Inode number.
+    pub ino: u64,
+    /// Bytes.
+    pub file_len: u64,
+    /// Time of the last write, nanoseconds since 1970.
+    pub mtime_ns: i64,
+}
+
+/// What is remembered of the contents of a base, to know it again where nothing else is as it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Samples {
+    /// Bytes of the virtual disk.
+    pub len: u64,
+    /// CRC-32C of a few blocks of each of as many equal parts.
+    pub crcs: Vec<u32>,
 }
 
 /// What a row describes.

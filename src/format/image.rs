@@ -407,6 +407,8 @@ mod tests {
                 file_len: 3,
                 mtime_ns: 4,
                 ctime_ns: 5,
+                below: None,
+                samples: None,
             });
             row
         };

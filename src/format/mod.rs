@@ -14,9 +14,11 @@
 )]
 
 pub mod catalogue;
+pub mod foreign;
 pub mod image;
 pub mod image_block;
 pub mod journal;
+pub mod qcow2;
 pub mod superblock;
 pub mod units;
 

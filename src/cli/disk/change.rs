@@ -10,6 +10,7 @@ use crate::cowdisk::{self, DiskError, NewDisk, Settings};
 use crate::format::catalogue::BaseFormat;
 use crate::pool::Pool;
 use crate::sync::Arc;
+use crate::sys::file;
 use serde_json::json;
 use std::path::Path;
 
@@ -66,19 +67,10 @@ pub(super) fn create(args: &Create) -> Result<Reply, Failure> {
     Ok(Reply::new(json, text))
 }
 
-/// The format of an image, told from its first bytes.
+/// The format of an image, told from its bytes; one that is not read is refused.
 pub(super) fn guess_format(path: &Path) -> Result<BaseFormat, Failure> {
-    match open::peek(path, 0, 4) {
-        Ok(magic) if magic == *b"QFI\xfb" => Ok(BaseFormat::Qcow2),
-        Ok(_) => Ok(BaseFormat::Raw),
-        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(BaseFormat::Raw),
-        Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Err(Failure::new(
-            "io",
-            path.display(),
-            "neither a regular file nor a block device",
-        )),
-        Err(e) => Err(Failure::io(path, "open the image", &e)),
-    }
+    file::kind_of(path).map_err(|e| Failure::io(path, "open the image", &e))?;
+    cowdisk::probe(path).map_err(|e| Failure::image(path, &e))
 }
 
 pub(super) fn remove(args: &Rm) -> Result<Reply, Failure> {

@@ -20,14 +20,14 @@ use std::io;
 use std::path::Path;
 
 /// Long work as its user sees it: how far it has come, and that it can be stopped.
-struct Work {
+pub(super) struct Work {
     progress: Progress,
     interrupt: Option<Interrupt>,
 }
 
 impl Work {
     /// Begins `what`; `is_caught` if a signal is to stop it in good order.
-    fn begin(output: Output, what: &str, is_caught: bool) -> Self {
+    pub(super) fn begin(output: Output, what: &str, is_caught: bool) -> Self {
         // First: what shows the progress may start a thread.
         let interrupt = is_caught.then(Interrupt::catch);
         let progress = Progress::new(output, what);
@@ -38,13 +38,13 @@ impl Work {
     }
 
     /// `done` of `total` bytes; whether to go on.
-    fn step(&mut self, done: u64, total: u64) -> Result<(), Interrupted> {
+    pub(super) fn step(&mut self, done: u64, total: u64) -> Result<(), Interrupted> {
         self.progress.update(done, total);
         self.interrupt.as_ref().map_or(Ok(()), Interrupt::check)
     }
 
     /// It is over; `after` says what an interruption means.
-    fn end<T>(self, result: Result<T, Failure>, after: &str) -> Result<T, Failure> {
+    pub(super) fn end<T>(self, result: Result<T, Failure>, after: &str) -> Result<T, Failure> {
         self.progress.finish();
         result.map_err(|failure| match self.interrupt {
             Some(interrupt) if failure.kind == "interrupted" => {
@@ -218,6 +218,7 @@ fn failed(item: &ItemRef, file: &Path, error: &DiskError) -> Failure {
         | DiskError::Deleted { .. }
         | DiskError::LimitReached { .. }
         | DiskError::Base { .. }
+        | DiskError::BaseChanged { .. }
         | DiskError::Io { .. }
         | DiskError::Interrupted
         | DiskError::Pool(_) => Failure::disk(item, error),

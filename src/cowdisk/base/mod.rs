@@ -1,41 +1,68 @@
-//! Base images: read-only raw or qcow2 files outside the pool, locked against writers, and refused
-//! when they are not what they were.
+//! Base images: read-only raw or qcow2 images outside the pool. Every file one is read from is
+//! locked against writers, and the base is refused when one of them is not what it was.
+//!
+//! ```text
+//! Base: one image, or a chain of them, from the top down
+//!   Layer: raw, or qcow2 over the next     --- where is this byte of the disk?
+//!     ImageFile: locked; its length when it was opened
+//! ```
+//!
+//! Readers do not wait for one another, but for a compressed cluster that another one is decoding.
+//! What is read is what was recorded: a file that was cut meanwhile fails the read.
+
+mod cache;
+mod chain;
+mod file;
+mod identity;
+mod probe;
+mod qcow2;
+pub(super) mod samples;
+
+pub(super) use identity::{identity, is_same};
+pub use probe::probe;
 
 use super::error::DiskError;
 use crate::format::catalogue::{BaseFormat, BaseRef};
+use crate::format::qcow2::Place;
 use crate::format::units::{SECTOR, bytes_of, len_of};
-use crate::storage::{Access, FileStorage, Storage};
+use crate::storage::Storage;
 use crate::sync::global::Mutex;
 use crate::sync::{Arc, Weak};
-use imago::file::File as ImagoFile;
-use imago::qcow2::Qcow2;
-use imago::{FormatAccess, FormatDriverBuilder, Mapping, PermissiveImplicitOpenGate};
-use std::fs::Metadata;
+use cache::Cache;
+use chain::Layer;
+use file::ImageFile;
+use identity::{check_files_below, check_same, reference_to};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+/// Bytes of decoded clusters kept of one base.
+const DECODED_LEN_MAX: u64 = 64 << 20;
+
+/// A compressed cluster: held by who decodes it, then what it holds.
+type Decoded = Arc<Mutex<Option<Arc<[u8]>>>>;
 
 /// An open base image. Shared by all disks over it.
 #[derive(Debug)]
 pub struct Base {
     reference: BaseRef,
     len: u64,
-    /// Read for raw bases; for qcow2 it holds the lock.
-    file: FileStorage,
-    qcow2: Option<Qcow2Reader>,
+    /// From the top down; at least one.
+    layers: Vec<Layer>,
+    /// By layer and cluster. The lock of an entry is held while its cluster is read and decoded: that
+    /// is what others who want the same one wait for, and they would do no less.
+    decoded: Mutex<Cache<(usize, u64), Decoded>>,
 }
 
-/// The qcow2 reader of `imago`. One reader at a time: it keeps caches.
-struct Qcow2Reader(Mutex<FormatAccess<ImagoFile>>);
-
-impl std::fmt::Debug for Qcow2Reader {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Qcow2Reader")
-    }
+/// Where a piece of a base is.
+enum Source<'a> {
+    Zero,
+    Data(&'a Layer, u64),
+    Compressed { layer: usize, offset: u64, len: u64 },
 }
 
-/// Bases that are open, so that a thousand forks share one descriptor and one cache.
+/// Bases that are open, so that a thousand forks share one descriptor and one cache. Never held while
+/// one is opened: that may take as long as its file system likes.
 static OPEN: Mutex<Vec<Weak<Base>>> = Mutex::new(Vec::new());
 
 impl Base {
@@ -58,74 +85,75 @@ impl Base {
         Ok(reference_to(text, format, &metadata))
     }
 
-    /// Opens `path` to become a base. What it holds, and what it is known by, is durable from here
-    /// on: written a moment ago, a power cut could take both back, and the disk with them.
+    /// Opens `path` to become a base, and what it is to be known by. What it holds, and that, is
+    /// durable from here on: written a moment ago, a power cut could take both back, and the disk
+    /// with them.
     ///
     /// # Errors
     /// As [`Base::open`], or it is a device: nothing tells whether that was written to meanwhile.
-    pub fn adopt(path: &Path, format: BaseFormat) -> Result<Arc<Base>, DiskError> {
+    pub fn adopt(path: &Path, format: BaseFormat) -> Result<(Arc<Base>, BaseRef), DiskError> {
         let base = Self::open(&Self::examine(path, format)?)?;
-        let fault = |what: String| DiskError::Base {
-            path: base.reference.path.clone(),
-            what,
-        };
-        if base.file.is_block_device() {
-            let what = "a device cannot be a base, for nothing shows that it was changed; \
-                        import it instead";
-            return Err(fault(what.to_owned()));
+        for file in base.layers.iter().flat_map(Layer::files) {
+            let fault = |what: String| DiskError::Base {
+                path: file.path.clone(),
+                what,
+            };
+            if file.file.is_block_device() {
+                let what = "a device cannot be a base, for nothing shows that it was changed; \
+                            import it instead";
+                return Err(fault(what.to_owned()));
+            }
+            let synced = file.file.sync_all();
+            synced.map_err(|e| fault(format!("it cannot be made durable: {e}")))?;
         }
-        let synced = base.file.sync_all();
-        synced.map_err(|e| fault(format!("it cannot be made durable: {e}")))?;
-        Ok(base)
+        let samples = samples::of(&base).map_err(DiskError::io("reading the base image"))?;
+        let reference = BaseRef {
+            samples: Some(samples),
+            ..base.reference.clone()
+        };
+        Ok((base, reference))
     }
 
     /// Opens the base `reference` names, or finds it open.
     ///
     /// # Errors
-    /// It is missing, in use by a writer, or not what it was when it became a base.
+    /// It or a file below it is missing, in use by a writer, of a kind or format that is not read, or
+    /// not what it was when it became a base.
     pub fn open(reference: &BaseRef) -> Result<Arc<Base>, DiskError> {
-        let fault = |what: String| DiskError::Base {
-            path: reference.path.clone(),
-            what,
-        };
         let path = Path::new(&reference.path);
-        check_same(reference, &Self::examine(path, reference.format)?)?;
-        let mut open = OPEN.lock();
-        open.retain(|base| base.strong_count() > 0);
-        let shared = open
-            .iter()
-            .filter_map(Weak::upgrade)
-            .find(|base| is_same(&base.reference, reference));
-        if let Some(base) = shared {
+        let now = Self::examine(path, reference.format);
+        let now = now.map_err(|e| {
+            if let DiskError::Base { path, what } = e {
+                return DiskError::BaseChanged { path, what };
+            }
+            e
+        })?;
+        check_same(reference, &now)?;
+        check_files_below(reference)?;
+        if let Some(base) = find_open(reference) {
             return Ok(base);
         }
-        let file =
-            FileStorage::open_image(path, Access::ReadOnly).map_err(|e| fault(e.to_string()))?;
+        let layers = chain::open(&reference.path, reference.format)?;
+        let files: Vec<&ImageFile> = layers.iter().flat_map(Layer::files).collect();
+        let (top, below) = files.split_first().expect("at least the top one");
         // What counts is what was opened, now that it is locked; it was looked at before because
         // that costs less, and to say what is wrong with the path.
-        let metadata = file.metadata().map_err(|e| fault(e.to_string()))?;
-        let opened = reference_to(&reference.path, reference.format, &metadata);
-        check_same(reference, &opened)?;
-        let (qcow2, len) = match reference.format {
-            BaseFormat::Raw => {
-                let len = file.len().map_err(|e| fault(e.to_string()))?;
-                (None, len)
-            }
-            BaseFormat::Qcow2 => {
-                let reader =
-                    open_qcow2(path).map_err(|e| fault(format!("not readable as qcow2: {e}")))?;
-                // It was opened by its path once more.
-                check_same(reference, &Self::examine(path, reference.format)?)?;
-                let len = reader.size();
-                (Some(Qcow2Reader(Mutex::new(reader))), len)
-            }
+        let opened = BaseRef {
+            below: Some(below.iter().map(|file| file.reference()).collect()),
+            ..reference_to(&reference.path, reference.format, &top.metadata)
         };
+        check_same(reference, &opened)?;
         let base = Arc::new(Base {
-            reference: reference.clone(),
-            len,
-            file,
-            qcow2,
+            reference: opened,
+            len: layers.first().map_or(0, Layer::len),
+            layers,
+            decoded: Mutex::new(Cache::new(DECODED_LEN_MAX)),
         });
+        let mut open = OPEN.lock();
+        // Somebody else may have been faster.
+        if let Some(base) = find(&open, reference) {
+            return Ok(base);
+        }
         open.push(Arc::downgrade(&base));
         Ok(base)
     }
@@ -142,7 +170,7 @@ impl Base {
         self.len.next_multiple_of(SECTOR)
     }
 
-    /// What identifies it.
+    /// What identifies it, without samples.
     #[must_use]
     pub fn reference(&self) -> &BaseRef {
         &self.reference
@@ -151,27 +179,110 @@ impl Base {
     /// Fills `buf` from byte `offset`, with zeros beyond the end. Blocks.
     ///
     /// # Errors
-    /// What the file system or the qcow2 reader said.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    /// A file is cut short or damaged, or what the file system said.
+    pub fn read_at(&self, buf: &mut [u8], mut offset: u64) -> io::Result<()> {
         let inside = self.len.saturating_sub(offset).min(bytes_of(buf.len()));
-        let (data, zeros) = buf.split_at_mut(len_of(inside));
+        let (mut data, zeros) = buf.split_at_mut(len_of(inside));
         zeros.fill(0);
-        if data.is_empty() {
-            return Ok(());
+        while !data.is_empty() {
+            let (source, len) = self.find(offset, bytes_of(data.len()))?;
+            let (part, rest) = data.split_at_mut(len_of(len));
+            match source {
+                Source::Zero => part.fill(0),
+                Source::Data(layer, at) => layer.data().read_cluster(part, at)?,
+                Source::Compressed {
+                    layer,
+                    offset: at,
+                    len,
+                } => self.read_compressed(part, offset, layer, (at, len))?,
+            }
+            data = rest;
+            offset += len;
         }
-        match &self.qcow2 {
-            None => self.file.read_at(data, offset),
-            Some(reader) => reader.0.lock().read(data, offset),
+        Ok(())
+    }
+
+    /// Where byte `offset` is, and for how many bytes, at most `max`, that goes on.
+    ///
+    /// # Errors
+    /// A table cannot be read, or says what cannot be.
+    fn find(&self, offset: u64, max: u64) -> io::Result<(Source<'_>, u64)> {
+        let mut len = max;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let inside = layer.len().saturating_sub(offset);
+            if inside == 0 {
+                break;
+            }
+            let (place, here) = layer.find(offset, len.min(inside))?;
+            let source = match place {
+                Place::Below => {
+                    len = here;
+                    continue;
+                }
+                Place::Zero => Source::Zero,
+                Place::Data(at) => Source::Data(layer, at),
+                Place::Compressed { offset, len } => Source::Compressed {
+                    layer: index,
+                    offset,
+                    len,
+                },
+            };
+            return Ok((source, here));
+        }
+        // Below the last, and beyond the end of one that is shorter than what is over it.
+        Ok((Source::Zero, len))
+    }
+
+    /// Fills `buf` from byte `offset` of the disk, which is in the compressed cluster `packed`.
+    ///
+    /// # Errors
+    /// The cluster cannot be read, or is damaged.
+    fn read_compressed(
+        &self,
+        buf: &mut [u8],
+        offset: u64,
+        layer: usize,
+        packed: (u64, u64),
+    ) -> io::Result<()> {
+        let image = &self.layers[layer];
+        let qcow2 = image.qcow2.as_ref().expect("only qcow2 is compressed");
+        let cluster_len = qcow2.header.cluster_len();
+        let key = (layer, offset / cluster_len);
+        let entry = {
+            let mut decoded = self.decoded.lock();
+            decoded.get(&key).unwrap_or_else(|| {
+                let entry = Decoded::default();
+                decoded.put(key, Arc::clone(&entry), cluster_len);
+                entry
+            })
+        };
+        let mut cluster = entry.lock();
+        let bytes = match &*cluster {
+            Some(bytes) => Arc::clone(bytes),
+            None => {
+                let bytes: Arc<[u8]> = qcow2.decode(&image.file, packed.0, packed.1)?.into();
+                *cluster = Some(Arc::clone(&bytes));
+                bytes
+            }
+        };
+        drop(cluster);
+        let at = len_of(offset % cluster_len);
+        buf.copy_from_slice(&bytes[at..at + buf.len()]);
+        Ok(())
+    }
+
+    /// The one file it is, if it is raw.
+    fn raw(&self) -> Option<&ImageFile> {
+        match self.layers.as_slice() {
+            [layer] if layer.qcow2.is_none() => Some(&layer.file),
+            _ => None,
         }
     }
 
     /// The descriptor a ring may read itself, within [`Base::len`], if the base is raw.
     #[must_use]
     pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
-        match &self.qcow2 {
-            None => self.file.as_fd(),
-            Some(_) => None,
-        }
+        self.raw().and_then(|file| file.file.as_fd())
     }
 
     /// Where data may be, at or after `offset`: `(start, end)` in bytes.
@@ -179,68 +290,37 @@ impl Base {
     /// # Errors
     /// What the file system or the qcow2 reader said.
     pub fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        let Some(reader) = &self.qcow2 else {
-            return self.file.next_data(offset);
-        };
-        let reader = reader.0.lock();
+        if let Some(file) = self.raw() {
+            return file.file.next_data(offset);
+        }
         let mut at = offset;
         while at < self.len {
-            let (mapping, len) = reader.get_mapping(at, self.len - at)?;
-            if !matches!(mapping, Mapping::Zero { .. }) {
-                return Ok(Some((at, at + len)));
+            let (source, len) = self.find(at, self.len - at)?;
+            let end = at + len;
+            match source {
+                Source::Zero => {}
+                Source::Data(layer, place) if layer.qcow2.is_none() => {
+                    let data = layer.file.file.next_data(place)?;
+                    if let Some((from, to)) = data.filter(|(from, _)| from - place < len) {
+                        let from = at + (from - place);
+                        return Ok(Some((from, end.min(at + (to - place)))));
+                    }
+                }
+                Source::Data(..) | Source::Compressed { .. } => return Ok(Some((at, end))),
             }
-            // An empty mapping would be a fault of the reader's, and no reason to go in a ring.
-            at += len.max(SECTOR);
+            at = end;
         }
         Ok(None)
     }
 }
 
-fn reference_to(path: &str, format: BaseFormat, metadata: &Metadata) -> BaseRef {
-    let nanoseconds =
-        |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
-    BaseRef {
-        path: path.to_owned(),
-        format,
-        dev: metadata.dev(),
-        ino: metadata.ino(),
-        file_len: metadata.len(),
-        mtime_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
-        ctime_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
-    }
+fn find_open(reference: &BaseRef) -> Option<Arc<Base>> {
+    let mut open = OPEN.lock();
+    open.retain(|base| base.strong_count() > 0);
+    find(&open, reference)
 }
 
-/// Whether both are one image with the same contents. Left out are what changes without them: the
-/// inode's own time, with every link to it, and the number of the device, which many file systems get
-/// anew each time they are mounted.
-pub(super) fn is_same(a: &BaseRef, b: &BaseRef) -> bool {
-    (&a.path, a.format) == (&b.path, b.format) && identity(a) == identity(b)
-}
-
-/// What tells an image from others on its file system, and from itself with other contents.
-pub(super) fn identity(of: &BaseRef) -> (u64, u64, i64) {
-    (of.ino, of.file_len, of.mtime_ns)
-}
-
-/// `Err` if a base is `now` something else than it was.
-fn check_same(was: &BaseRef, now: &BaseRef) -> Result<(), DiskError> {
-    if is_same(was, now) {
-        return Ok(());
-    }
-    Err(DiskError::Base {
-        path: was.path.clone(),
-        what: format!(
-            "it has changed since it became a base ({} bytes, was {}); put the original back, or \
-             make the disks anew",
-            now.file_len, was.file_len
-        ),
-    })
-}
-
-fn open_qcow2(path: &Path) -> io::Result<FormatAccess<ImagoFile>> {
-    // Backing files are opened as the image names them: whoever names a base trusts it.
-    let qcow2 = Qcow2::<ImagoFile>::builder_path(path)
-        .write(false)
-        .open(PermissiveImplicitOpenGate::default())?;
-    Ok(FormatAccess::new(qcow2))
+fn find(open: &[Weak<Base>], reference: &BaseRef) -> Option<Arc<Base>> {
+    let mut bases = open.iter().filter_map(Weak::upgrade);
+    bases.find(|base| is_same(&base.reference, reference))
 }
