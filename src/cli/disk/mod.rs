@@ -3,6 +3,7 @@
 mod change;
 mod copy;
 mod look;
+mod rebase;
 mod show;
 mod target;
 
@@ -11,7 +12,7 @@ use super::args::{parse_disk, parse_size, parse_size_or_none, parse_snapshot};
 use super::failure::Failure;
 use super::output::{Output, Reply};
 use crate::format::catalogue::BaseFormat;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// `tidepool disk ...`
@@ -56,6 +57,9 @@ pub(super) enum DiskCommand {
     /// Copy into the pool what a disk still reads from its base, and drop the base.
     #[command(after_help = FLATTEN)]
     Flatten(Flatten),
+    /// Take a base that was moved, or put back from a copy, once its contents are compared.
+    #[command(after_help = REBASE)]
+    Rebase(Rebase),
     /// Copy a raw or qcow2 image into a new disk. Zeros take no space.
     #[command(after_help = IMPORT)]
     Import(Import),
@@ -121,6 +125,10 @@ const FLATTEN: &str = "\
 Examples:
   tidepool disk flatten vms.pool:vm1
   tidepool disk flatten vms.pool:vm1 --throttle 50M";
+const REBASE: &str = "\
+Examples:
+  tidepool disk rebase vms.pool:web --base /images/debian.qcow2
+  tidepool disk rebase vms.pool:web --accept        the file at the old path";
 const IMPORT: &str = "\
 Examples:
   tidepool disk import debian.qcow2 vms.pool:base
@@ -296,6 +304,31 @@ pub(super) struct Flatten {
     throttle: Option<u64>,
 }
 
+/// `disk rebase`
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("new").required(true))]
+pub(super) struct Rebase {
+    /// A disk or snapshot with the base, POOL:NAME or POOL:NAME@SNAPSHOT. All others of the pool with
+    /// the same base follow.
+    #[arg(value_name = "POOL:NAME")]
+    item: ItemRef,
+    /// Where the base is now.
+    #[arg(long, value_name = "FILE", group = "new")]
+    base: Option<PathBuf>,
+    /// Format of the base; that of the old one if left out.
+    #[arg(long, value_enum, requires = "base", value_name = "FORMAT")]
+    base_format: Option<ImageFormat>,
+    /// Take what is at the old path now.
+    #[arg(long, group = "new")]
+    accept: bool,
+    /// Take it without comparing what it holds.
+    #[arg(long)]
+    trust: bool,
+    /// Change this disk or snapshot alone.
+    #[arg(long)]
+    only: bool,
+}
+
 /// `disk import`
 #[derive(Debug, Args)]
 pub(super) struct Import {
@@ -358,6 +391,7 @@ pub(super) fn execute(command: DiskCommand, output: Output) -> Result<Reply, Fai
         DiskCommand::Rollback(args) => change::rollback(&args.snapshot),
         DiskCommand::Commit(args) => copy::commit(&args, output),
         DiskCommand::Flatten(args) => copy::flatten(&args, output),
+        DiskCommand::Rebase(args) => rebase::rebase(&args, output),
         DiskCommand::Import(args) => copy::import(&args, output),
         DiskCommand::Export(args) => copy::export(&args, output),
         DiskCommand::Diff(args) => look::diff(&args),
