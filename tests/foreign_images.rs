@@ -328,6 +328,40 @@ fn chains_end_and_lead_to_files_only() {
     refused(&shell, "x", Some("qcow2"), &["/gone", "No such file"]);
 }
 
+/// What is below a base is neither replaced by an export nor written by a commit.
+#[test]
+fn what_is_below_a_base_is_not_written() {
+    if !has_qemu("what_is_below_a_base_is_not_written") {
+        return;
+    }
+    let shell = Shell::new();
+    shell.pool();
+    let dir = shell.path(".");
+    fs::write(shell.path("bottom"), [7; 1 << 16]).expect("writes");
+    qemu(&dir, "qemu-img create -q -f qcow2 -b bottom -F raw top");
+    shell.ok(&[
+        "disk",
+        "create",
+        "p:a",
+        "--base",
+        "top",
+        "--base-format",
+        "qcow2",
+    ]);
+    shell.ok(&["disk", "create", "p:b", "--base", "bottom"]);
+    let export = shell.run(&["disk", "export", "p:b", "bottom", "--force"]);
+    assert!(
+        export.code == 1 && export.stderr.contains("base of `a`"),
+        "{export:?}"
+    );
+    let commit = shell.run(&["disk", "commit", "p:b"]);
+    assert!(
+        commit.code == 1 && commit.stderr.contains("the base of a too"),
+        "{commit:?}"
+    );
+    assert!(fs::read(shell.path("bottom")).expect("reads") == [7; 1 << 16]);
+}
+
 /// What a base reads as, whole, in pieces, and where it says that data is.
 fn read(path: &Path, expected: &[u8]) {
     let reference = Base::examine(path, BaseFormat::Qcow2).expect("a file");

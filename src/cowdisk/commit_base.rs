@@ -100,10 +100,7 @@ fn check_base<'a>(pool: &Pool, item: &'a Item) -> Result<&'a BaseRef, DiskError>
             "the base of `{name}` is not raw, and cannot be written; export the disk instead"
         ));
     }
-    let is_below = |other: &BaseRef| {
-        let mut below = other.below.iter().flatten();
-        below.any(|file| file.path == base.path)
-    };
+    let is_below = |other: &BaseRef| other.paths().any(|path| path == base.path);
     let is_ours = |other: &BaseRef| is_one_file(other, base) || is_below(other);
     let others = pool.items().into_iter().map(|other| other.row);
     let others: Vec<String> = others

@@ -46,6 +46,16 @@ pub struct BaseRef {
     pub samples: Option<Samples>,
 }
 
+impl BaseRef {
+    /// The paths of all files that it is read from, as far as they are known.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        let below = self.below.iter().flatten();
+        [self.path.as_str()]
+            .into_iter()
+            .chain(below.map(|file| file.path.as_str()))
+    }
+}
+
 /// A file below the top one of a base, and what it looked like when that was taken as a base.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use super::open::{Access, Caching, Locking, OpenError, at, choose_tier, claim, lock};
+use super::open::{Access, Caching, Locking, OpenError, at, choose_tier, claim, lock, not_a_store};
 use super::{AlignedBuf, BLOCK, Storage, Tier};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -138,8 +138,7 @@ impl FileStorage {
     ) -> Result<Self, OpenError> {
         // Looked at before opening: opening a pipe would wait for its other end.
         if sys::kind_of(path).map_err(at(path, "open"))? == sys::Kind::Other {
-            let path = path.to_owned();
-            return Err(OpenError::NotAStore { path });
+            return Err(not_a_store(path));
         }
         let mode = match access {
             Access::ReadOnly => sys::Mode::Read,
@@ -166,10 +165,7 @@ impl FileStorage {
         let len = match kind {
             sys::Kind::BlockDevice => sys::device_len(&file).map_err(io("measure"))?,
             sys::Kind::Regular => metadata.len(),
-            sys::Kind::Other => {
-                let path = path.to_owned();
-                return Err(OpenError::NotAStore { path });
-            }
+            sys::Kind::Other => return Err(not_a_store(path)),
         };
         let tier = choose_tier(&file, kind, len, access, caching).map_err(io("examine"))?;
         Ok(Self {

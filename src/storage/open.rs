@@ -98,6 +98,12 @@ fn holder_text(pid: Option<u32>) -> String {
     )
 }
 
+/// `path` leads to something that is not opened.
+pub(super) fn not_a_store(path: &Path) -> OpenError {
+    let path = path.to_owned();
+    OpenError::NotAStore { path }
+}
+
 /// Names the path and the step in an error.
 pub(super) fn at<'a>(
     path: &'a Path,

@@ -69,7 +69,11 @@ pub(super) fn create(args: &Create) -> Result<Reply, Failure> {
 
 /// The format of an image, told from its bytes; one that is not read is refused.
 pub(super) fn guess_format(path: &Path) -> Result<BaseFormat, Failure> {
-    file::kind_of(path).map_err(|e| Failure::io(path, "open the image", &e))?;
+    let kind = file::kind_of(path).map_err(|e| Failure::io(path, "open the image", &e))?;
+    if kind == file::Kind::Other {
+        let what = "neither a regular file nor a block device";
+        return Err(Failure::new("io", path.display(), what));
+    }
     cowdisk::probe(path).map_err(|e| Failure::image(path, &e))
 }
 

@@ -4,6 +4,7 @@
 
 use crate::cli::failure::Failure;
 use crate::cli::open;
+use crate::format::catalogue::BaseRef;
 use crate::pool::Pool;
 use crate::storage::{Access, FileStorage};
 use crate::sys::file::{self, Kind};
@@ -64,8 +65,9 @@ impl<'a> Target<'a> {
         let is = identity(&measured.map_err(|e| Failure::io(self.file, "look at", &e))?);
         let is_it = |base: &str| std::fs::metadata(base).is_ok_and(|stat| identity(&stat) == is);
         for item in pool.items() {
-            if item.row.base.as_ref().is_some_and(|base| is_it(&base.path)) {
-                let what = format!("it is the base of `{}`", item.row.name);
+            let mut paths = item.row.base.iter().flat_map(BaseRef::paths);
+            if paths.any(is_it) {
+                let what = format!("it is the base of `{}`, or below it", item.row.name);
                 return Err(Failure::new("in_use", self.file.display(), what).hint(ELSEWHERE));
             }
         }
