@@ -233,7 +233,7 @@ const FAILURES: &[(&[&str], &str, &str)] = &[
         "qcow2",
     ),
     (
-        &["disk", "create", "p:b", "--size", "1M", "--reserve", "9T"],
+        &["disk", "create", "p:b", "--size", "9T", "--reserve", "9T"],
         "invalid",
         "reserved",
     ),

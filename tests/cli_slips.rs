@@ -5,9 +5,12 @@
 //! is compared with what is there after, and advice is followed.
 
 mod cli;
+#[path = "common/small.rs"]
+mod small;
 
 use cli::Shell;
 use serde_json::Value;
+use small::Small;
 use std::fs;
 
 /// A pool `p` with the disk `a` over the base `base.raw`, and another pool `q`.
@@ -158,6 +161,24 @@ const SLIPS: &[(&[&str], &str, &str, &str)] = &[
         "pool create",
     ),
     (
+        &["disk", "set", "p:a", "--limit", "2M"],
+        "invalid",
+        "never be reached",
+        "raise",
+    ),
+    (
+        &["disk", "set", "p:a", "--limit", "512K", "--reserve", "600K"],
+        "invalid",
+        "more than the limit",
+        "larger",
+    ),
+    (
+        &["disk", "create", "p:n", "--size", "1M", "--reserve", "2M"],
+        "invalid",
+        "never be used",
+        "limit",
+    ),
+    (
         &["disk", "info", "nope:a"],
         "not_found",
         "no such pool",
@@ -198,6 +219,29 @@ fn disks_of_two_sizes_are_not_called_the_same() {
     let json = shell.json(&["disk", "diff", "p:short", "long"]);
     assert_eq!(json["a_size_bytes"], 1 << 20);
     assert_eq!(json["b_size_bytes"], 2 << 20);
+}
+
+#[test]
+fn a_full_host_is_not_a_full_pool() {
+    let Some(small) = Small::mount("a_full_host_is_not_a_full_pool") else {
+        return;
+    };
+    let shell = Shell::new();
+    let pool = small.path().join("p");
+    let pool = pool.to_str().expect("UTF-8");
+    shell.ok(&["pool", "create", pool, "--size", "64M"]);
+    let image = shell.image("image", 32 << 20, 0);
+    let disk = format!("{pool}:a");
+    let outcome = shell.run(&["disk", "import", &image, &disk, "-o", "json"]);
+    assert_eq!(outcome.error()["kind"], "no_space", "{outcome:?}");
+    assert!(outcome.stderr.contains("on the host"), "{outcome:?}");
+    let info = shell.json(&["pool", "info", pool]);
+    let (host, free) = (&info["host_free_bytes"], &info["free_bytes"]);
+    assert!(host.as_u64() < free.as_u64(), "{info}");
+    // As advised.
+    shell.ok(&["pool", "trim", pool]);
+    shell.image("image", 8 << 20, 0);
+    shell.ok(&["disk", "import", &image, &disk]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod small;
 use small::Small;
 use std::path::Path;
 use std::sync::Arc;
-use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk};
+use tidepool::cowdisk::{self, Disk, DiskError, DiskErrorKind, NewDisk};
 use tidepool::pool::check::check;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{Access, FileStorage};
@@ -45,7 +45,8 @@ fn a_full_host_is_an_error_and_nothing_worse() {
         assert!(at < 48 * MIB, "the host has 24 MiB");
     };
     assert_eq!(e.kind(), DiskErrorKind::NoSpace, "{e}");
-    assert!(e.to_string().contains("space"), "{e}");
+    assert!(matches!(e, DiskError::HostFull), "the pool has space: {e}");
+    assert!(e.to_string().contains("on the host"), "{e}");
 
     let mut bytes = vec![0; 4 << 20];
     disk.read_at(&mut bytes, 0).expect("reads go on");

@@ -8,6 +8,10 @@ use std::fmt::Display;
 use std::io;
 use std::path::Path;
 
+/// What helps when the file system that holds a pool is full.
+const HOST_FULL: &str = "make space on the file system that holds the pool: `tidepool pool info` \
+                         shows what it has, `tidepool pool trim` gives back what the pool has freed";
+
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{object}{}{what}", if object.is_empty() { "" } else { ": " })]
@@ -76,9 +80,9 @@ impl Failure {
                  path)"
             )),
             DiskError::NoSpace => failure.hint(
-                "delete or discard something, enlarge the pool, or make space on the host \
-                 (`tidepool pool trim` gives freed space back)",
+                "remove or discard something, or enlarge the pool with `tidepool pool resize`",
             ),
+            DiskError::HostFull => failure.hint(HOST_FULL),
             DiskError::ReadOnly { .. } => failure.hint("fork it to get a disk that can be written"),
             DiskError::OutOfRange { .. }
             | DiskError::Deleted { .. }
@@ -126,6 +130,7 @@ impl Failure {
             _ => Self::new(kind, object, error),
         };
         match error {
+            PoolError::Storage { .. } if kind == "no_space" => failure.hint(HOST_FULL),
             PoolError::NotFound { .. } => {
                 failure.hint("`tidepool disk ls POOL` lists what is there")
             }

@@ -28,9 +28,12 @@ pub enum DiskError {
         /// The disk.
         name: String,
     },
-    /// No space in the pool, or on the host.
+    /// No space in the pool.
     #[error("no space left in the pool")]
     NoSpace,
+    /// The pool has space, and the file system or device that holds it has none.
+    #[error("no space left on the host, below the pool")]
+    HostFull,
     /// The disk's own limit.
     #[error(
         "`{name}` has reached its limit of {limit} bytes; raise it with `tidepool disk set --limit`"
@@ -114,7 +117,8 @@ impl From<Interrupted> for DiskError {
 impl From<PoolError> for DiskError {
     fn from(error: PoolError) -> Self {
         match error.kind() {
-            PoolErrorKind::NoSpace => DiskError::NoSpace,
+            PoolErrorKind::NoSpace if matches!(error, PoolError::NoSpace) => DiskError::NoSpace,
+            PoolErrorKind::NoSpace => DiskError::HostFull,
             PoolErrorKind::Request | PoolErrorKind::Storage | PoolErrorKind::Damaged => {
                 DiskError::Pool(error)
             }
@@ -130,7 +134,7 @@ impl DiskError {
             DiskError::OutOfRange { .. } => DiskErrorKind::OutOfRange,
             DiskError::ReadOnly { .. } => DiskErrorKind::ReadOnly,
             DiskError::Deleted { .. } => DiskErrorKind::Deleted,
-            DiskError::NoSpace => DiskErrorKind::NoSpace,
+            DiskError::NoSpace | DiskError::HostFull => DiskErrorKind::NoSpace,
             DiskError::LimitReached { .. } => DiskErrorKind::LimitReached,
             DiskError::Base { .. } | DiskError::BaseChanged { .. } => DiskErrorKind::Base,
             DiskError::Io { .. } => DiskErrorKind::Io,
@@ -151,7 +155,7 @@ impl DiskError {
     pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> DiskError {
         move |source| {
             if source.kind() == io::ErrorKind::StorageFull {
-                DiskError::NoSpace
+                DiskError::HostFull
             } else {
                 DiskError::Io { action, source }
             }

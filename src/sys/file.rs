@@ -16,6 +16,7 @@ use nix::fcntl::{
     self, AT_FDCWD, FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, RenameFlags,
 };
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statvfs::statvfs;
 use nix::sys::uio;
 use nix::unistd::{Whence, lseek};
 
@@ -198,6 +199,19 @@ pub fn direct_align(file: &File) -> Option<u32> {
 /// As fstatfs(2).
 pub fn is_tmpfs(file: &File) -> io::Result<bool> {
     Ok(fstatfs(file)?.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Bytes that the file system of `path` has left for us; `None` if it is a block device, which holds
+/// no more than itself.
+///
+/// # Errors
+/// As stat(2) and statvfs(3).
+pub fn host_free(path: &Path) -> io::Result<Option<u64>> {
+    if kind_of(path)? == Kind::BlockDevice {
+        return Ok(None);
+    }
+    let stat = statvfs(path)?;
+    Ok(Some(stat.blocks_available() * stat.fragment_size()))
 }
 
 /// Tells the page cache that access is random. Without it one sequential read fills the cache with

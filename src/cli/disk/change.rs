@@ -8,7 +8,7 @@ use crate::cli::open;
 use crate::cli::output::Reply;
 use crate::cowdisk::{self, DiskError, NewDisk, Settings};
 use crate::format::catalogue::BaseFormat;
-use crate::pool::Pool;
+use crate::pool::{Pool, PoolError};
 use crate::sync::Arc;
 use crate::sys::file;
 use serde_json::json;
@@ -45,6 +45,14 @@ pub(super) fn create(args: &Create) -> Result<Reply, Failure> {
         reserve: args.reserve,
         is_ephemeral: args.ephemeral,
     };
+    let promises = Promises {
+        size: args.size,
+        limit: args.limit,
+        reserve: args.reserve,
+    };
+    promises
+        .check()
+        .map_err(|what| Failure::new("invalid", &args.disk, what))?;
     let row = with_pool(&args.disk, "create", |pool| {
         cowdisk::create(pool, &new)?;
         Ok(pool.find(&new.name)?.row)
@@ -120,6 +128,44 @@ pub(super) fn resize(args: &Resize) -> Result<Reply, Failure> {
     Ok(Reply::new(json, text))
 }
 
+/// What a disk is to be kept to, bytes.
+struct Promises {
+    /// Its size, if that is known yet.
+    size: Option<u64>,
+    limit: Option<u64>,
+    reserve: Option<u64>,
+}
+
+impl Promises {
+    /// # Errors
+    /// One could never be reached, or used; in words for the user.
+    fn check(&self) -> Result<(), String> {
+        let is_above = |one: Option<u64>, other: Option<u64>| {
+            let pair = one.zip(other).filter(|(one, other)| one > other);
+            pair.map(|(one, other)| (human::bytes(one), human::bytes(other)))
+        };
+        if let Some((limit, size)) = is_above(self.limit, self.size) {
+            return Err(format!(
+                "a limit of {limit} is more than the disk's {size} and would never be reached: \
+                 leave it out, or make the disk larger"
+            ));
+        }
+        if let Some((reserve, size)) = is_above(self.reserve, self.size) {
+            return Err(format!(
+                "a reserve of {reserve} is more than the disk's {size} and could never be used: \
+                 reserve less, or make the disk larger"
+            ));
+        }
+        if let Some((reserve, limit)) = is_above(self.reserve, self.limit) {
+            return Err(format!(
+                "a reserve of {reserve} is more than the limit of {limit} and could never be used: \
+                 reserve less, or raise the limit"
+            ));
+        }
+        Ok(())
+    }
+}
+
 pub(super) fn set(args: &Set) -> Result<Reply, Failure> {
     let disk = &args.disk;
     if args.limit.is_none() && args.reserve.is_none() && args.ephemeral.is_none() {
@@ -132,6 +178,15 @@ pub(super) fn set(args: &Set) -> Result<Reply, Failure> {
         is_ephemeral: args.ephemeral,
     };
     let row = with_pool(disk, "set", |pool| {
+        let row = pool.find(&disk.name)?.row;
+        let promises = Promises {
+            size: Some(row.size),
+            limit: settings.limit.unwrap_or(row.limit),
+            reserve: settings.reserve.unwrap_or(row.reserve),
+        };
+        if settings.limit.is_some() || settings.reserve.is_some() {
+            promises.check().map_err(PoolError::invalid)?;
+        }
         cowdisk::set(pool, &disk.name, &settings)?;
         Ok(pool.find(&disk.name)?.row)
     })?;

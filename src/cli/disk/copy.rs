@@ -210,10 +210,11 @@ fn left_over(partial: &Path) -> Failure {
 /// Out of space is the file's file system here, not the pool.
 fn failed(item: &ItemRef, file: &Path, error: &DiskError) -> Failure {
     match error {
-        DiskError::NoSpace => {
+        DiskError::HostFull => {
             Failure::new("no_space", file.display(), "no space left for the export")
         }
-        DiskError::OutOfRange { .. }
+        DiskError::NoSpace
+        | DiskError::OutOfRange { .. }
         | DiskError::ReadOnly { .. }
         | DiskError::Deleted { .. }
         | DiskError::LimitReached { .. }

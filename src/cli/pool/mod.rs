@@ -258,6 +258,10 @@ fn info(path: &Path, pool: &Pool) -> Result<Reply, Failure> {
         ("metadata", human::exact(usage.metadata)),
         ("reclaimable", human::exact(usage.reclaimable)),
         ("host-allocated", human::exact(usage.host_allocated)),
+        (
+            "host-free",
+            host_free(path).map_or("as the device".to_owned(), human::exact),
+        ),
         ("cluster size", human::exact(pool.cluster_size().bytes())),
         ("disks", count(&usage, RowKind::Disk).to_string()),
         ("snapshots", count(&usage, RowKind::Snapshot).to_string()),
@@ -272,6 +276,11 @@ fn info(path: &Path, pool: &Pool) -> Result<Reply, Failure> {
         ),
     ]);
     Ok(Reply::new(json, text))
+}
+
+/// Bytes the pool's file system has left; `None` if it is a device, or does not say.
+fn host_free(path: &Path) -> Option<u64> {
+    file::host_free(path).ok().flatten()
 }
 
 fn count(usage: &PoolUsage, kind: RowKind) -> usize {
@@ -290,6 +299,7 @@ fn describe(path: &Path, pool: &Pool, usage: &PoolUsage) -> Value {
         "metadata_bytes": usage.metadata,
         "reclaimable_bytes": usage.reclaimable,
         "host_allocated_bytes": usage.host_allocated,
+        "host_free_bytes": host_free(path),
         "cluster_bytes": pool.cluster_size().bytes(),
         "disks": count(usage, RowKind::Disk),
         "snapshots": count(usage, RowKind::Snapshot),
