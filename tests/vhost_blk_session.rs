@@ -33,3 +33,5 @@ mod session;
 mod small;
 #[path = "vhost_blk/stranger.rs"]
 mod stranger;
+#[path = "vhost_blk/vmms/mod.rs"]
+mod vmms;

@@ -39,7 +39,8 @@ fuzz_target!(|data: &[u8]| {
     let features = QueueFeatures { event_idx: bits & 1 == 1, indirect: bits & 2 == 2 };
     let rings = RingAddresses { desc: 0, avail: 0x4000, used: 0x6000 };
     let size = 1 << (log2 % 9);
-    let next = u16::from_le_bytes([*next_low, *next_high]);
+    // The used index: where the queue goes on.
+    file.write_all_at(&[*next_low, *next_high], rings.used + 2).expect("inside");
     // Pieces: where, how many, the bytes.
     let mut rest = rest;
     while let [a, b, c, len, tail @ ..] = rest {
@@ -48,7 +49,7 @@ fuzz_target!(|data: &[u8]| {
         file.write_all_at(&tail[..len], at).expect("inside");
         rest = &tail[len..];
     }
-    let Ok(mut queue) = SplitQueue::new(memory, size, rings, next, features) else { return };
+    let Ok(mut queue) = SplitQueue::new(memory, size, rings, features) else { return };
     let (mut chain, mut request) = (Chain::default(), Request::default());
     for _ in 0..2 * size {
         match queue.pop(memory, &mut chain) {

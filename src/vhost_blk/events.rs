@@ -36,6 +36,8 @@ pub enum EventKind {
     QueueBroken,
     /// A request failed: the guest got an I/O error.
     RequestFailed,
+    /// A client came back and named another place to go on at than its ring: the ring was believed.
+    BaseCorrected,
 }
 
 impl fmt::Display for Event {
@@ -45,6 +47,7 @@ impl fmt::Display for Event {
             EventKind::MemoryLost => "a client was disconnected: its memory is gone",
             EventKind::QueueBroken => "a queue was given up until the guest resets its disk",
             EventKind::RequestFailed => "a request failed",
+            EventKind::BaseCorrected => "a queue goes on at the used index of its ring",
         };
         write!(f, "{}: {what}: {}", self.disk, self.reason)?;
         if self.left_out > 0 {

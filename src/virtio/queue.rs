@@ -161,7 +161,8 @@ pub struct SplitQueue {
 }
 
 impl SplitQueue {
-    /// A queue whose next avail entry is `next_avail`.
+    /// A queue that goes on where its used ring says: whoever served it before answered all that it
+    /// had taken, so the next request is the one at the used index. A fresh ring says 0.
     ///
     /// # Errors
     /// The size or an address is impossible.
@@ -169,7 +170,6 @@ impl SplitQueue {
         memory: &GuestMemory,
         size: u16,
         at: RingAddresses,
-        next_avail: u16,
         features: QueueFeatures,
     ) -> Result<Self, QueueFault> {
         if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
@@ -181,8 +181,8 @@ impl SplitQueue {
             size,
             features,
             rings,
-            next_avail: Wrapping(next_avail),
-            avail_seen: Wrapping(next_avail),
+            next_avail: used,
+            avail_seen: used,
             next_used: used,
             published: used,
             must_signal: true,

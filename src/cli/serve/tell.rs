@@ -111,6 +111,7 @@ fn word(kind: EventKind) -> &'static str {
         EventKind::MemoryLost => "memory_lost",
         EventKind::QueueBroken => "queue_broken",
         EventKind::RequestFailed => "request_failed",
+        EventKind::BaseCorrected => "base_corrected",
     }
 }
 

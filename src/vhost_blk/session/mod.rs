@@ -4,6 +4,13 @@
 //! A ring runs when it has a size, addresses and a kick, and is enabled (which it is from the
 //! start unless protocol features were negotiated). Whatever is changed on a running ring, other
 //! than where to call and the memory table, stops and drains it first.
+//!
+//! A ring begins at its used index, whatever base the client names. A ring that stops is drained, so
+//! the two are the same where a front end keeps the base that GET_VRING_BASE told it, or, as QEMU
+//! does without an answer, the used index. Cloud Hypervisor names the avail index instead, when it
+//! connects again and in snapshots: what lies between would never be answered. (DPDK and
+//! libvhost-user go by the used index too. With INFLIGHT_SHMFD, which is not offered, it would be
+//! otherwise.) A client that lies in its own used ring harms its own queue.
 
 mod requests;
 
@@ -46,6 +53,7 @@ struct Running {
 #[derive(Debug, Default)]
 struct Vring {
     size: u16,
+    /// Where the client would go on.
     base: u16,
     at: Option<RingHvas>,
     kick: Option<Arc<EventFd>>,
@@ -118,8 +126,12 @@ impl State {
         }
         let rings = Self::rings(&memory, at)?;
         let wanted = blk::queue_features(features);
-        let queue =
-            SplitQueue::new(&memory, vring.size, rings, vring.base, wanted).map_err(refused)?;
+        let queue = SplitQueue::new(&memory, vring.size, rings, wanted).map_err(refused)?;
+        let (named, next) = (vring.base, queue.next_avail());
+        if named != next {
+            let reason = format_args!("queue {index}: the client named {named}, its ring {next}");
+            device.report(EventKind::BaseCorrected, &reason);
+        }
         let (reply, answer) = sync_channel(1);
         worker.post(Message::Start(Box::new(Start {
             device,
@@ -213,6 +225,13 @@ impl State {
         if !matches!(error, Error::Disconnected | Error::SocketBroken(_)) {
             self.device.report(EventKind::SessionRefused, error);
         }
+    }
+
+    /// Begins anew, for another owner of the same connection: nothing of the former one is left.
+    fn renew(&mut self) -> Result<()> {
+        self.reset();
+        self.features = 0;
+        self.set_regions(Vec::new())
     }
 
     fn reset(&mut self) {

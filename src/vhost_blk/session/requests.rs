@@ -38,9 +38,10 @@ fn adopt(file: Option<File>) -> Result<Option<Arc<EventFd>>> {
 }
 
 impl VhostUserBackendReqHandler for Session {
+    /// "Issued when a new connection is established", and when QEMU plugs another device into the
+    /// connection of one that was unplugged: it forgot the former device, and so do we.
     fn set_owner(&self) -> Result<()> {
-        drop(self.lock());
-        Ok(())
+        self.lock().renew()
     }
 
     fn reset_owner(&self) -> Result<()> {
@@ -222,10 +223,13 @@ impl VhostUserBackendReqHandler for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<RegionBase>> {
         let mut state = self.lock();
-        if state.regions.len() >= MEM_SLOTS_MAX {
+        let mut regions = state.regions.clone();
+        // One that is there already takes the former's place.
+        let (gpa, len, hva) = (region.guest_phys_addr, region.memory_size, region.user_addr);
+        regions.retain(|held| !held.is_at(gpa, len, hva));
+        if regions.len() >= MEM_SLOTS_MAX {
             return Err(refused("all memory slots are in use"));
         }
-        let mut regions = state.regions.clone();
         regions.push(map(region, file)?);
         state.set_regions(regions)?;
         Ok(None)
