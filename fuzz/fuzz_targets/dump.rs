@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 use tidepool::pool::check::check;
-use tidepool::pool::restore::Dump;
+use tidepool::pool::restore::{Dump, Unknown};
 use tidepool::pool::{OpenOptions, Pool};
 use tidepool::storage::{SimStorage, Storage};
 
@@ -22,7 +22,7 @@ fuzz_target!(|data: &[u8]| {
         return;
     }
     let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(len));
-    if dump.restore(&storage).is_ok() {
+    if dump.restore(&storage, Unknown::Accepted).is_ok() {
         let report = check(&*storage).expect("the store works");
         // A snapshot stays when its disk is not in the dump, and `check` says so.
         let is_lone = |what: &str| what.starts_with("snapshot `") && what.contains("has no disk");

@@ -120,6 +120,16 @@ pub fn unseal_block(stamp: ImageStamp, index: u32, block: &[u8]) -> Result<&[u8]
     Ok(tokens)
 }
 
+/// The tokens of a block, as far as they may be left, although it is damaged.
+#[must_use]
+pub fn damaged_tokens(block: &[u8]) -> &[u8] {
+    let Ok((raw, body)) = RawBlock::ref_from_prefix(block) else {
+        return &[];
+    };
+    let used = usize::try_from(raw.used.get()).unwrap_or(usize::MAX);
+    body.get(..used).unwrap_or(body)
+}
+
 /// Extents that fit a head of `cluster_len` bytes.
 #[must_use]
 pub fn extents_per_head(cluster_len: usize) -> usize {

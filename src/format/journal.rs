@@ -130,6 +130,28 @@ pub struct Stamp {
     pub prev_crc: u32,
 }
 
+/// What a slot names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotNames {
+    /// The disk.
+    pub disk: DiskId,
+    /// Clusters of the pool; 0 for none.
+    pub clusters: [u32; 2],
+}
+
+/// What a slot of a batch that is damaged may have named; `None` if it is no record.
+#[must_use]
+pub fn slot_names(slot: &[u8]) -> Option<SlotNames> {
+    let raw = RawRecord::read_from_bytes(slot).ok()?;
+    let clusters = match raw.kind {
+        KIND_MAP => [raw.second.get(), raw.third.get()],
+        KIND_UNMAP | KIND_FORK | KIND_ROW | KIND_DELETE => [0, 0],
+        _ => return None,
+    };
+    let disk = DiskId(raw.disk.get());
+    Some(SlotNames { disk, clusters })
+}
+
 /// Slots that `record` takes in a batch.
 ///
 /// # Errors

@@ -20,6 +20,7 @@ pub mod image_block;
 pub mod journal;
 pub mod qcow2;
 pub mod superblock;
+pub mod undo;
 pub mod units;
 
 use crc_fast::{CrcAlgorithm, Digest};

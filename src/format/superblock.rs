@@ -145,6 +145,13 @@ impl Superblock {
             .unwrap_or(0)
     }
 
+    /// The same pool, laid out in the same way.
+    #[must_use]
+    pub fn is_like(&self, other: &Superblock) -> bool {
+        let layout = |one: &Superblock| (one.uuid, one.cluster_size, one.journal_half);
+        layout(self) == layout(other) && self.journal_half_len == other.journal_half_len
+    }
+
     /// As the bytes of one copy.
     #[must_use]
     pub fn encode(&self) -> [u8; SUPERBLOCK_LEN] {

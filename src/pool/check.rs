@@ -3,6 +3,7 @@
 
 use super::derive::Mend;
 use super::error::PoolError;
+use super::kept::KEPT_PREFIX;
 use super::load::{JournalFault, Loaded, check_len, load, read_superblock, superblock_copies};
 use super::lost::{Lost, changed_rows, said_by};
 use super::repair::{last_batch, mend};
@@ -183,7 +184,8 @@ fn check_journal(loaded: &Loaded, fault: &JournalFault, report: &mut Report) {
         report.fault(plain(&fault.error), Some(remedy));
         return;
     };
-    let remedy = "keeps everything before that batch; what it and later ones said is lost";
+    let remedy = "keeps everything before that batch; what it and later ones said is given up, and \
+                  its clusters are kept as a snapshot `lost+found@N`";
     report.fault(plain(&fault.error), Some(remedy));
     if let Some(last) = report.faults.last_mut() {
         last.lost = said_by(loaded, &given_up.records);
@@ -203,6 +205,10 @@ fn check_catalogue(loaded: &Loaded, report: &mut Report) {
         let disk = item.row.name.split('@').next().unwrap_or_default();
         if loaded.catalogue.find(disk).is_err() {
             let what = "has no disk; fork it to get one";
+            let what = match item.row.name.starts_with(KEPT_PREFIX) {
+                true => "is what a repair gave up; remove it when nothing of it is wanted",
+                false => what,
+            };
             report
                 .remarks
                 .push(format!("snapshot `{}` {what}", item.row.name));

@@ -3,7 +3,6 @@
 //! written again.
 
 use super::Pool;
-use super::commit::ROOM;
 use super::error::PoolError;
 use super::image::{Frozen, FrozenDisk};
 use super::journal::Journal;
@@ -63,17 +62,6 @@ impl Pool {
         result.map(|()| true)
     }
 
-    /// Writes an image of the forest as it is and puts it in force, where nobody else has the pool.
-    ///
-    /// # Errors
-    /// No space, or the store failed.
-    pub(super) fn write_image_alone(&self) -> Result<(), PoolError> {
-        let mut leader = self.lead_alone(ROOM)?;
-        let is_written = self.write_image_now(leader.journal())?;
-        assert!(is_written, "nobody else writes one");
-        Ok(())
-    }
-
     /// Writes the image of a forest frozen by an earlier commit, if there is one. Requests and
     /// commits go on meanwhile.
     ///
@@ -105,6 +93,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pool::commit::ROOM;
     use crate::pool::{CreateOptions, OpenOptions, open};
     use crate::storage::{SimStorage, Storage};
     use crate::sync::Arc;

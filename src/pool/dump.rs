@@ -4,6 +4,7 @@
 use super::error::PoolError;
 use super::load::{load, read_superblock, superblock_copies};
 use super::map::Tree;
+use super::repair::last_batch;
 use super::walk::walk_all;
 use crate::format::journal::Entry;
 use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
@@ -46,11 +47,17 @@ pub fn dump(storage: &dyn Storage, line: &mut dyn FnMut(&Value)) -> Result<(), P
         line(&json!({"kind": "disk", "row": row, "last_fork": last_fork, "changed": changed}));
         dump_map(&item.row.name, &map.tree, line);
     }
+    let last_batch = last_batch(&loaded);
+    let last = loaded
+        .journal
+        .last_batch()
+        .filter(|last| last.seq == last_batch);
     line(&json!({
         "kind": "end",
         "generation": loaded.replay.generation,
         "next_disk": loaded.replay.next_disk,
-        "last_batch": loaded.journal.last_seq(),
+        "last_batch": last_batch,
+        "last_crc": last.map_or(0, |last| last.crc),
     }));
     loaded
         .journal_faults

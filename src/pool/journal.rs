@@ -350,6 +350,28 @@ impl Journal {
         })
     }
 
+    /// All whole batches of this pool from number `seq` on, in their order.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub(super) fn batches_from(
+        &self,
+        storage: &dyn Storage,
+        seq: u64,
+    ) -> Result<Vec<Batch>, PoolError> {
+        let mut batches = Vec::new();
+        self.search(storage, seq).all(&mut |found| {
+            batches.push(Batch {
+                seq: found.stamp.seq,
+                prev_crc: found.stamp.prev_crc,
+                crc: found.crc,
+                records: found.records,
+            });
+        })?;
+        batches.sort_by_key(|batch| batch.seq);
+        Ok(batches)
+    }
+
     /// The highest number of a whole batch of this pool, wherever it is; 0 if there is none.
     ///
     /// # Errors
@@ -391,7 +413,8 @@ impl Journal {
         Ok(true)
     }
 
-    fn search<'a>(&self, storage: &'a dyn Storage, min_seq: u64) -> Search<'a> {
+    /// For looking at all that there is.
+    pub(super) fn search<'a>(&self, storage: &'a dyn Storage, min_seq: u64) -> Search<'a> {
         Search {
             storage,
             at: self.at,
@@ -400,6 +423,15 @@ impl Journal {
             min_seq,
         }
     }
+}
+
+/// A whole batch.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub seq: u64,
+    pub prev_crc: u32,
+    pub crc: u32,
+    pub records: Vec<Record>,
 }
 
 /// What batches say that replay cannot reach.

@@ -4,22 +4,19 @@ use super::catalogue::Catalogue;
 use super::counts::Counts;
 use super::error::PoolError;
 use super::image::{self, Loader};
-use super::journal::{GivenUp, Journal, uuid_low};
+use super::image_read;
+use super::journal::{GivenUp, Journal};
 use super::map::Zeros;
 use super::volume::Volume;
 use crate::format::FormatError;
 use crate::format::image::decode_token;
-use crate::format::image_block::{ImageStamp, unseal_block, unseal_head};
+use crate::format::image_block::unseal_block;
 use crate::format::journal::Record;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
-use crate::format::units::{Cluster, ClusterSize, DiskId, bytes_of, index};
+use crate::format::units::{ClusterSize, DiskId, bytes_of};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Arc;
-use std::collections::HashSet;
 use std::ops::Range;
-
-/// Bytes of an image read at once: a device asked for one cluster at a time is idle in between.
-const READ_LEN: u64 = 4 << 20;
 
 /// Records whose entries are fetched together: few enough to stay near until they are replaced.
 const RECORDS_FETCHED: usize = 512;
@@ -245,7 +242,7 @@ fn load_image(
     storage: &dyn Storage,
     superblock: &Superblock,
 ) -> Result<(image::Frozen, ImageClusters), PoolError> {
-    let Some(image) = superblock.image else {
+    let Some(extents) = image_read::extents(storage, superblock)? else {
         let generation = crate::format::units::Generation(1);
         let (next_disk, disks) = (DiskId(1), Vec::new());
         return Ok((
@@ -258,61 +255,13 @@ fn load_image(
             Vec::new(),
         ));
     };
-    let size = superblock.cluster_size;
-    let stamp = ImageStamp {
-        uuid_low: uuid_low(&superblock.uuid),
-        seq: image.seq,
-    };
-    let mut block = AlignedBuf::new(size.len());
-    let read = |cluster: u32, block: &mut [u8]| {
-        let read = storage.read_at(block, size.offset(Cluster(cluster)));
-        read.map_err(PoolError::storage("reading the checkpoint image"))
-    };
-    let mut extents = Vec::new();
-    let mut clusters = Vec::new();
-    let mut heads = HashSet::new();
-    let mut head = image.head;
-    while head != 0 {
-        if !heads.insert(head) {
-            return Err(PoolError::damaged(
-                "checkpoint image: its extent lists go round in a ring",
-            ));
-        }
-        clusters.push(head..head + 1);
-        read(head, &mut block)?;
-        let (found, next) = unseal_head(stamp, superblock.cluster_count, &block)?;
-        extents.extend(found);
-        head = next;
-    }
-    // So few extents can name so many clusters, each many times, that this comes first.
-    let named: u64 = extents.iter().map(|extent| u64::from(extent.count)).sum();
-    if named > u64::from(superblock.cluster_count) || named * size.bytes() != image.len {
-        return Err(PoolError::damaged(format!(
-            "checkpoint image: its extents have {named} clusters, and it has {} bytes",
-            image.len
-        )));
-    }
-    let per_read = u32::try_from(READ_LEN / size.bytes()).unwrap_or(1).max(1);
-    let mut part = AlignedBuf::new(size.len() * index(per_read));
     let mut loader = Loader::default();
-    let mut number = 0_u32;
-    for extent in &extents {
-        let end = extent.start + extent.count;
-        clusters.push(extent.start..end);
-        let mut at = extent.start;
-        while at < end {
-            let count = per_read.min(end - at);
-            let part = &mut part[..size.len() * index(count)];
-            read(at, part)?;
-            for block in part.chunks(size.len()) {
-                let mut tokens = unseal_block(stamp, number, block)?;
-                while let Some(token) = decode_token(&mut tokens)? {
-                    loader.feed(token)?;
-                }
-                number += 1;
-            }
-            at += count;
+    extents.each_block(storage, &mut |number, block| {
+        let mut tokens = unseal_block(extents.stamp, number, block)?;
+        while let Some(token) = decode_token(&mut tokens)? {
+            loader.feed(token)?;
         }
-    }
-    Ok((loader.finish(image.seq)?, clusters))
+        Ok(())
+    })?;
+    Ok((loader.finish(extents.stamp.seq)?, extents.clusters))
 }

@@ -261,7 +261,8 @@ impl Pool {
         self.write_superblock(superblock)
     }
 
-    fn write_owner_note(&self, owner: &str) -> Result<(), PoolError> {
+    /// Says who has the pool open.
+    pub(super) fn write_owner_note(&self, owner: &str) -> Result<(), PoolError> {
         let mut note = AlignedBuf::new(4096);
         let len = owner.len().min(OWNER_NOTE_LEN_MAX);
         note[..len].copy_from_slice(&owner.as_bytes()[..len]);

@@ -1,18 +1,21 @@
 //! Repairing a pool that nobody has open: what can be rebuilt is, in memory, and then all metadata is
-//! written anew. What was there stays as it was until that is done.
+//! written anew. Nothing that was there is written over but the superblocks, which are saved; what is
+//! given up is kept from others ([`super::kept`]).
 
 use super::check::{Report, check};
 use super::derive::{EntryFault, Mend, derive};
 use super::dump::ZEROS;
 use super::error::PoolError;
-use super::load::{Loaded, load, read_superblock, superblock_copies};
+use super::evidence::Evidence;
+use super::kept::keep;
+use super::load::{Loaded, load, read_superblock};
 use super::lost::{Lost, given_away, join};
-use super::rewrite::rewrite;
+use super::rewrite::{OldJournal, mend_copies, rewrite};
 use super::space::Space;
+use super::undo;
 use crate::format::journal::Entry;
-use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
 use crate::format::units::{DiskId, Generation, Lcn};
-use crate::storage::{AlignedBuf, Storage};
+use crate::storage::Storage;
 use crate::sync::Arc;
 use std::collections::BTreeSet;
 
@@ -24,7 +27,7 @@ type Said<'a> = &'a mut dyn FnMut(String, Mend, Vec<Lost>);
 
 /// Repairs the pool in `storage`, which nobody else has open: superblock copies, a journal that
 /// breaks off, entries that cannot be. What is lost by that is said by the faults in the report,
-/// which is of the state before.
+/// which is of the state before, and [`super::undo`] puts it back.
 ///
 /// # Errors
 /// The pool has a fault that cannot be repaired, or no space for its metadata to be written anew:
@@ -40,31 +43,38 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
     if report.faults.is_empty() {
         return Ok(report);
     }
-    let (superblock, _) = read_superblock(&**storage)?;
-    // First, and alone where that is all: the other copy is the only one until then.
-    mend_copies(&**storage, &superblock)?;
-    let mut loaded = load(&**storage, superblock)?;
+    let storage = &**storage;
+    let (superblock, _) = read_superblock(storage)?;
+    let mut loaded = load(storage, superblock.clone())?;
     let mut is_changed = !loaded.journal_faults.is_empty();
-    let space = mend(&mut loaded, &mut |_, _, _| is_changed = true)?;
-    if is_changed {
-        let last_batch = last_batch(&loaded);
-        let owner = "tidepool pool check --repair";
-        rewrite(storage, loaded, space, last_batch, owner)?;
+    let given_up = loaded.journal_faults.iter();
+    let given_up = given_up
+        .filter_map(|fault| Some(fault.lost.as_ref()?.first))
+        .min();
+    let mut evidence = Evidence::of(storage, &superblock, given_up)?;
+    evidence.add_maps(&loaded);
+    mend(&mut loaded, &mut |_, _, _| is_changed = true)?;
+    if !is_changed {
+        undo::save(
+            storage,
+            superblock.uuid,
+            superblock.start.seq,
+            superblock.open_epoch,
+        )?;
+        mend_copies(storage, &superblock)?;
+        return Ok(report);
     }
+    loaded.replay.next_disk = evidence.next_disk;
+    let left = evidence.left_by(&loaded);
+    keep(&mut loaded, &left);
+    let mut space = Space::new();
+    if let Some(fault) = derive(&loaded, &mut space)?.first() {
+        return Err(PoolError::damaged(fault.to_string()));
+    }
+    let last_batch = last_batch(&loaded);
+    let old = (Some(&evidence), OldJournal::Kept);
+    rewrite(storage, loaded, &space, last_batch, old)?;
     Ok(report)
-}
-
-/// Puts `superblock` in the place of copies that are not intact.
-fn mend_copies(storage: &dyn Storage, superblock: &Superblock) -> Result<(), PoolError> {
-    for (at, copy) in SUPERBLOCK_AT.into_iter().zip(superblock_copies(storage)?) {
-        if copy.is_err() {
-            let mut bytes = AlignedBuf::new(SUPERBLOCK_LEN);
-            bytes.copy_from_slice(&superblock.encode());
-            let written = storage.write_durable_at(&bytes, at);
-            written.map_err(PoolError::storage("writing the superblock"))?;
-        }
-    }
-    Ok(())
 }
 
 /// The last batch that the pool is known to have had.

@@ -6,15 +6,18 @@ use super::counts::Counts;
 use super::derive::derive;
 use super::dump::{EMPTY_RUN_MAX, ZEROS};
 use super::error::PoolError;
+use super::evidence::Evidence;
+use super::history::{Since, Then, since, take_away};
 use super::journal::Journal;
-use super::load::{Loaded, Replay, check_len, superblock_copies};
+use super::load::{Loaded, Replay, check_len, read_superblock, superblock_copies};
+use super::lost::Lost;
 use super::map::{Leaf, Tree, Zeros};
-use super::rewrite::rewrite;
+use super::rewrite::{OldJournal, rewrite};
 use super::space::Space;
 use super::volume::{Map, Volume};
 use crate::format::catalogue::Row;
 use crate::format::journal::Entry;
-use crate::format::superblock::{JournalStart, Superblock};
+use crate::format::superblock::{JournalStart, KnownBatch, Superblock};
 use crate::format::units::{ClusterSize, Generation, Lcn};
 use crate::storage::Storage;
 use crate::sync::{Arc, Shared};
@@ -63,6 +66,9 @@ struct EndLine {
     generation: u32,
     next_disk: u32,
     last_batch: u64,
+    /// Dumps of older releases do not have it.
+    #[serde(default)]
+    last_crc: u32,
 }
 
 /// A dump as far as it was read. Feed it every line, then [`Dump::restore`] it.
@@ -72,16 +78,29 @@ pub struct Dump {
     catalogue: Catalogue,
     replay: Replay,
     /// The last batch it has; known when it is whole.
-    last_batch: Option<u64>,
+    last_batch: Option<KnownBatch>,
+}
+
+/// What if it is not known who has had the clusters of a dump since it was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unknown {
+    /// It is not restored.
+    Refused,
+    /// Clusters that nobody else is known to have had are taken as the dump says.
+    Accepted,
 }
 
 /// What was restored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
     /// Disks and snapshots.
     pub disks: usize,
     /// Bytes of the pool.
     pub pool_len: u64,
+    /// Parts of disks that others may have written since: they are zeros now.
+    pub lost: Vec<Lost>,
+    /// Why it is not known whether that is all, if so.
+    pub why_unknown: Option<String>,
 }
 
 fn bad(what: impl std::fmt::Display) -> PoolError {
@@ -130,11 +149,12 @@ impl Dump {
                 let EndLine {
                     generation,
                     next_disk,
-                    last_batch,
+                    last_batch: seq,
+                    last_crc: crc,
                 } = parse(value)?;
                 self.replay.generation = generation;
                 self.replay.next_disk = self.replay.next_disk.max(next_disk);
-                self.last_batch = Some(last_batch);
+                self.last_batch = Some(KnownBatch { seq, crc });
                 Ok(())
             }
             _ => Err(bad(format!("a line of kind `{kind}`"))),
@@ -264,30 +284,25 @@ impl Dump {
     }
 
     /// Puts the pool that was dumped into `storage`, which must be as long as it. What the store
-    /// holds as a pool is given up, its data area kept as it is.
+    /// holds as a pool is given up, its data area kept as it is; [`super::undo`] puts it back. What
+    /// others have had of its disks' clusters since is zeros ([`super::history`]).
     ///
     /// # Errors
-    /// The dump is not whole, or is of a pool that cannot be: nothing was changed then. The store
-    /// failed: run it again.
-    pub fn restore(self, storage: &Arc<dyn Storage>) -> Result<Restored, PoolError> {
+    /// The dump is not whole, or is of a pool that cannot be, or what became of its clusters is not
+    /// known and that was not accepted: nothing was changed then. The store failed: run it again.
+    pub fn restore(
+        self,
+        storage: &Arc<dyn Storage>,
+        unknown: Unknown,
+    ) -> Result<Restored, PoolError> {
+        let storage = &**storage;
         let last_batch = self
             .last_batch
             .ok_or_else(|| bad("it breaks off before its end"))?;
-        let mut superblock = self.superblock.ok_or_else(|| bad("it has no superblock"))?;
-        check_len(&**storage, &superblock)?;
+        let superblock = self.superblock.ok_or_else(|| bad("it has no superblock"))?;
+        check_len(storage, &superblock)?;
         superblock.check_writable()?;
-        // Newer than any copy that is there, so that an interruption between the two does not
-        // bring the old one back.
-        for copy in superblock_copies(&**storage)?.iter().flatten() {
-            superblock.generation = superblock.generation.max(copy.generation);
-            superblock.open_epoch = superblock.open_epoch.max(copy.open_epoch);
-        }
-        share_leaves(&self.catalogue);
-        let restored = Restored {
-            disks: self.catalogue.iter().count(),
-            pool_len: superblock.pool_len(),
-        };
-        let loaded = Loaded {
+        let mut loaded = Loaded {
             journal: Journal::new(&superblock),
             superblock,
             catalogue: self.catalogue,
@@ -295,13 +310,81 @@ impl Dump {
             image_clusters: Vec::new(),
             journal_faults: Vec::new(),
         };
+        if let Some(fault) = derive(&loaded, &mut Space::new())?.first() {
+            return Err(bad(fault));
+        }
+        let (lost, why_unknown) = settle(storage, &loaded, last_batch, unknown)?;
+        // Newer than any copy that is there, so that an interruption between the two does not
+        // bring the old one back.
+        let superblock = &mut loaded.superblock;
+        let copies = superblock_copies(storage)?;
+        let is_others = copies
+            .iter()
+            .flatten()
+            .any(|copy| !copy.is_like(superblock));
+        for copy in copies.iter().flatten() {
+            superblock.generation = superblock.generation.max(copy.generation);
+            superblock.open_epoch = superblock.open_epoch.max(copy.open_epoch);
+        }
+        share_leaves(&loaded.catalogue);
+        let restored = Restored {
+            disks: loaded.catalogue.iter().count(),
+            pool_len: loaded.superblock.pool_len(),
+            lost,
+            why_unknown,
+        };
         let mut space = Space::new();
         if let Some(fault) = derive(&loaded, &mut space)?.first() {
             return Err(bad(fault));
         }
-        rewrite(storage, loaded, space, last_batch, "tidepool pool restore")?;
+        let in_force = match read_superblock(storage) {
+            Ok((in_force, _)) => in_force,
+            Err(_) => loaded.superblock.clone(),
+        };
+        // The clusters of another pool are others.
+        let evidence = match is_others {
+            true => None,
+            false => Some(Evidence::of(storage, &in_force, None)?),
+        };
+        let old_journal = match evidence.as_ref().is_some_and(|found| found.has_batches) {
+            true => OldJournal::Kept,
+            false => OldJournal::Zeroed,
+        };
+        let next_disk = evidence.as_ref().map_or(1, |found| found.next_disk);
+        loaded.replay.next_disk = loaded.replay.next_disk.max(next_disk);
+        let old = (evidence.as_ref(), old_journal);
+        rewrite(storage, loaded, &space, last_batch.seq, old)?;
         Ok(restored)
     }
+}
+
+/// Takes from the disks of a dump what others may have written since; what they lose by that, and why
+/// it is not known whether that is all.
+fn settle(
+    storage: &dyn Storage,
+    loaded: &Loaded,
+    last_batch: KnownBatch,
+    unknown: Unknown,
+) -> Result<(Vec<Lost>, Option<String>), PoolError> {
+    let then = Then {
+        superblock: &loaded.superblock,
+        catalogue: &loaded.catalogue,
+        replay: &loaded.replay,
+        last_batch,
+    };
+    let since = since(storage, &then)?;
+    let why_unknown = match &since {
+        Since::Known(_) => None,
+        Since::Unknown { why, .. } => Some(why.clone()),
+    };
+    if let (Some(why), Unknown::Refused) = (&why_unknown, unknown) {
+        return Err(PoolError::invalid(format!(
+            "it is not known who has had the clusters of its disks since the dump: {why}. With \
+             --accept-unknown those that nobody else is known to have had are taken as the dump says; \
+             they may hold what others wrote"
+        )));
+    }
+    Ok((take_away(storage, &then, &since)?, why_unknown))
 }
 
 /// Leaves of one family that are equal become one, as they were: an image of a thousand forks is

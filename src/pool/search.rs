@@ -31,6 +31,9 @@ pub(super) struct Found {
     pub half: u32,
     /// Its byte in the half.
     pub used: u64,
+    /// Bytes.
+    pub len: u64,
+    pub crc: u32,
     pub stamp: Stamp,
     pub records: Vec<Record>,
 }
@@ -85,6 +88,8 @@ impl Search<'_> {
                 let found = Found {
                     half,
                     used,
+                    len: header.len,
+                    crc: header.crc,
                     stamp,
                     records,
                 };

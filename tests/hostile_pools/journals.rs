@@ -10,7 +10,7 @@ use tidepool::pool::PoolError;
 use tidepool::pool::check::{Fault, check};
 use tidepool::pool::dump::dump;
 use tidepool::pool::repair::repair;
-use tidepool::pool::restore::{Dump, Restored};
+use tidepool::pool::restore::{Dump, Restored, Unknown};
 use tidepool::storage::{SimStorage, Storage};
 
 /// Bytes of a pool whose journal has halves of 2 MiB.
@@ -85,7 +85,7 @@ fn a_second_restore_is_not_continued_by_the_first() {
     let restore = |storage: &Arc<SimStorage>| -> Result<Restored, PoolError> {
         let mut dump = Dump::default();
         lines.iter().try_for_each(|line| dump.line(line))?;
-        dump.restore(&(Arc::clone(storage) as Arc<dyn Storage>))
+        dump.restore(&(Arc::clone(storage) as Arc<dyn Storage>), Unknown::Refused)
     };
     restore(&storage).expect("restores");
     let pool = opened(&storage);

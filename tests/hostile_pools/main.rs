@@ -9,6 +9,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod given_up;
 mod interrupted;
 mod journals;
 mod planted;

@@ -13,6 +13,7 @@ use tidepool::format::superblock::SUPERBLOCK_AT;
 use tidepool::format::units::DiskId;
 use tidepool::pool::check::{Fault, check};
 use tidepool::pool::dump::dump;
+use tidepool::pool::kept::KEPT_PREFIX;
 use tidepool::pool::repair::repair;
 use tidepool::storage::{SimStorage, Storage};
 
@@ -25,7 +26,11 @@ pub(crate) fn maps(storage: &SimStorage) -> Maps {
     let mut add = |line: &serde_json::Value| {
         let number = |key: &str| line[key].as_u64().expect("a number");
         let text = |key: &str| line[key].as_str().expect("a string").to_owned();
-        if line["kind"] != "map" || line["disk"] == "bulk" {
+        // What a repair keeps of what it gave up is nobody's disk.
+        let is_kept = line["disk"]
+            .as_str()
+            .is_some_and(|disk| disk.starts_with(KEPT_PREFIX));
+        if line["kind"] != "map" || line["disk"] == "bulk" || is_kept {
             return;
         }
         for n in 0..number("count") {

@@ -9,8 +9,8 @@ use crate::pool::check::{self, Fault, Report};
 use crate::pool::dump::dump as dump_pool;
 use crate::pool::load::read_superblock;
 use crate::pool::lost::Lost;
-use crate::pool::repair;
-use crate::pool::restore::Dump;
+use crate::pool::restore::{Dump, Unknown};
+use crate::pool::{repair, undo};
 use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::Arc;
 use crate::sys::file;
@@ -61,8 +61,19 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
         text.push_str(&format!("fault: {}\n  {remedy}\n", fault.what));
         text.push_str(&lost(fault));
     }
-    for remark in &before.remarks {
+    let new = after
+        .remarks
+        .iter()
+        .filter(|remark| !before.remarks.contains(remark));
+    let remarks: Vec<&String> = before.remarks.iter().chain(new).collect();
+    for remark in &remarks {
         text.push_str(&format!("note: {remark}\n"));
+    }
+    if is_repaired {
+        let shown = path.display();
+        text.push_str(&format!(
+            "`tidepool pool undo {shown}` takes the repair back, until the pool is opened for writing\n"
+        ));
     }
     let shown = path.display();
     text.push_str(&match after.faults.len() {
@@ -78,10 +89,8 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
     let faults = before.faults.iter();
     let faults: Vec<Value> = faults
         .map(|fault| {
-            let lost = |lost: &Lost| json!({ "disk": lost.disk, "offset": lost.offset, "bytes": lost.len });
-            let lost: Vec<Value> = fault.lost.iter().map(lost).collect();
             json!({
-                "what": fault.what, "remedy": fault.remedy, "lost": lost,
+                "what": fault.what, "remedy": fault.remedy, "lost": lost_json(&fault.lost),
                 "lost_may_miss": fault.may_miss,
             })
         })
@@ -89,7 +98,7 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
     let json = json!({
         "pool": path,
         "faults": faults,
-        "remarks": before.remarks,
+        "remarks": remarks,
         "faults_left": after.faults.len(),
         "is_repaired": is_repaired,
         "is_clean": before.is_clean,
@@ -103,21 +112,32 @@ fn report(path: &Path, before: &Report, after: &Report, is_repaired: bool) -> Re
     }
 }
 
-/// What a repair gives up, a line for each part.
+fn lost_json(lost: &[Lost]) -> Vec<Value> {
+    let part = |lost: &Lost| json!({ "disk": lost.disk, "offset": lost.offset, "bytes": lost.len });
+    lost.iter().map(part).collect()
+}
+
+/// What a repair gives up.
 fn lost(fault: &Fault) -> String {
+    let mut text = lost_parts(&fault.lost);
+    if fault.may_miss {
+        text.push_str("  lost: perhaps more, which only what cannot be read would name\n");
+    }
+    text
+}
+
+/// A line for each part.
+fn lost_parts(lost: &[Lost]) -> String {
     let mut text = String::new();
-    for Lost { disk, offset, len } in fault.lost.iter().take(LOST_SHOWN_MAX) {
+    for Lost { disk, offset, len } in lost.iter().take(LOST_SHOWN_MAX) {
         let last = offset.saturating_add(len.saturating_sub(1));
         text.push_str(&format!("  lost: `{disk}`, bytes {offset} to {last}\n"));
     }
-    if fault.lost.len() > LOST_SHOWN_MAX {
-        let more = fault.lost.len() - LOST_SHOWN_MAX;
+    if lost.len() > LOST_SHOWN_MAX {
+        let more = lost.len() - LOST_SHOWN_MAX;
         text.push_str(&format!(
             "  lost: {more} more parts (--output json has them)\n"
         ));
-    }
-    if fault.may_miss {
-        text.push_str("  lost: perhaps more, which only what cannot be read would name\n");
     }
     text
 }
@@ -138,28 +158,79 @@ pub(super) fn dump(args: &Target) -> Result<Reply, Failure> {
 pub(super) fn restore(args: &Restore) -> Result<Reply, Failure> {
     let path = &args.pool;
     let dump = read_dump(&args.from)?;
-    let storage: Arc<dyn Storage> = if path.exists() {
+    let is_new = !path.exists();
+    let unknown = match is_new || args.accept_unknown {
+        true => Unknown::Accepted,
+        false => Unknown::Refused,
+    };
+    let storage: Arc<dyn Storage> = if is_new {
+        create_empty(args, &dump)?
+    } else {
         let storage = storage(path, Access::ReadWrite)?;
+        if args.metadata_only {
+            let what = "it is there, and its data stays where it is";
+            return Err(Failure::new("exists", path.display(), what)
+                .hint("leave --metadata-only out, or name a pool that is not there"));
+        }
         if !args.force {
             refuse_if_better(args, &*storage, &dump)?;
         }
         storage
-    } else {
-        let made = FileStorage::create_new(path, dump.pool_len());
-        Arc::new(made.map_err(|e| open::refusal(path, &e))?)
     };
     let restored = dump
-        .restore(&storage)
+        .restore(&storage, unknown)
         .map_err(|e| Failure::pool(path.display(), &e))?;
-    let text = format!(
-        "{}: restored, with {} disks and snapshots\n",
-        path.display(),
+    let shown = path.display();
+    let mut text = String::new();
+    if let (false, Some(why)) = (is_new, &restored.why_unknown) {
+        text.push_str(&format!(
+            "note: {why}: data that others wrote since may be in the place of what the dump says\n"
+        ));
+    }
+    if !restored.lost.is_empty() {
+        text.push_str("note: others may have written there since, so these parts are zeros now\n");
+    }
+    text.push_str(&lost_parts(&restored.lost));
+    if is_new {
+        text.push_str("note: all data reads as zeros: only the metadata is restored\n");
+    }
+    text.push_str(&format!(
+        "{shown}: restored, with {} disks and snapshots\n",
         restored.disks
-    );
-    Ok(Reply::new(
-        json!({ "pool": path, "disks": restored.disks }),
-        text,
-    ))
+    ));
+    if !is_new {
+        text.push_str(&format!(
+            "`tidepool pool undo {shown}` takes that back, until the pool is opened for writing\n"
+        ));
+    }
+    let json = json!({
+        "pool": path, "disks": restored.disks, "lost": lost_json(&restored.lost),
+        "unknown": restored.why_unknown.filter(|_| !is_new), "is_metadata_only": is_new,
+    });
+    Ok(Reply::new(json, text))
+}
+
+/// A file for a pool that is not there. Its disks will hold zeros: not without being told to.
+fn create_empty(args: &Restore, dump: &Dump) -> Result<Arc<dyn Storage>, Failure> {
+    let path = &args.pool;
+    if !args.metadata_only {
+        let what = "there is no such pool, and a dump has no data";
+        return Err(Failure::new("not_found", path.display(), what).hint(
+            "name the pool that was dumped, or a copy of it; or say --metadata-only for a new pool \
+             whose disks hold zeros",
+        ));
+    }
+    let made = FileStorage::create_new(path, dump.pool_len());
+    Ok(Arc::new(made.map_err(|e| open::refusal(path, &e))?))
+}
+
+pub(super) fn undo(target: &Target) -> Result<Reply, Failure> {
+    let path = &target.pool;
+    let storage = storage(path, Access::ReadWrite)?;
+    undo::undo(&*storage).map_err(|e| Failure::pool(path.display(), &e))?;
+    let shown = path.display();
+    let text = format!("{shown}: its metadata is as it was before the repair or restore\n");
+    Ok(Reply::new(json!({ "pool": path }), text))
 }
 
 /// A dump takes a pool back in time: not without being told to where that is no gain.

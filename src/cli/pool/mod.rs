@@ -37,6 +37,9 @@ pub(super) enum PoolCommand {
     /// Make the metadata anew from a dump; data stays where it is.
     #[command(after_help = RESTORE)]
     Restore(Restore),
+    /// Take a repair or restore back that nobody has written on since.
+    #[command(after_help = UNDO)]
+    Undo(Target),
     /// Change the most bytes a pool may grow to.
     #[command(after_help = RESIZE)]
     Resize(Resize),
@@ -73,9 +76,16 @@ Examples:
   tidepool pool restore vms.pool --from vms.dump
   zstdcat vms.dump.zst | tidepool pool restore vms.pool --from -
 
-What was changed since the dump was made is lost; where data was overwritten since, the disks of
-the dump hold what took its place. Keep a copy of the pool if you can. If the pool is not there, it
-is made, and its disks hold zeros. If it is interrupted, run it again.";
+What was changed since the dump was made is lost; where a disk overwrote its data since, it holds what
+took its place. Where others may have written since, zeros take the place, and are listed; where that
+is not known the dump is not restored unless --accept-unknown is said. `tidepool pool undo` takes it
+back. If it is interrupted, run it again.";
+const UNDO: &str = "\
+Examples:
+  tidepool pool check vms.pool --repair
+  tidepool pool undo vms.pool
+
+Of several repairs and restores, all are taken back that nobody opened the pool for writing after.";
 const RESIZE: &str = "\
 Examples:
   tidepool pool resize vms.pool --size 200G";
@@ -131,6 +141,13 @@ pub(super) struct Restore {
     /// Restore over a pool that has no faults, or that is not the one that was dumped.
     #[arg(long)]
     force: bool,
+    /// Restore although it is not known what became of the disks' clusters since the dump: they may
+    /// hold what others wrote.
+    #[arg(long)]
+    accept_unknown: bool,
+    /// Make a new pool of the metadata alone, in which all data reads as zeros.
+    #[arg(long)]
+    metadata_only: bool,
 }
 
 /// `pool resize`
@@ -170,6 +187,7 @@ pub(super) fn execute(command: PoolCommand, output: Output) -> Result<Reply, Fai
         PoolCommand::Check(args) => inspect::check(&args),
         PoolCommand::Dump(args) => inspect::dump(&args),
         PoolCommand::Restore(args) => inspect::restore(&args),
+        PoolCommand::Undo(target) => inspect::undo(&target),
         PoolCommand::Resize(args) => resize(&args),
         PoolCommand::Ls(ls) => list(ls),
         PoolCommand::Trim(target) => trim(&target.pool, output),
