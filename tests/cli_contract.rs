@@ -429,6 +429,7 @@ const REPLIES: &[(&[&str], &[&str])] = &[
             "disks",
             "snapshots",
             "is_clean",
+            "given_up_bytes",
         ],
     ),
     (&["pool", "ls"], &["pools"]),

@@ -58,11 +58,17 @@ fn with_image(blocks: &[Vec<u8>], extents: Option<Vec<Extent>>) -> Arc<SimStorag
         }]
     });
     let head = first - 1;
-    seal_head(stamp, 0, &extents, &mut block);
+    seal_head(stamp, (0, 0), &extents, &mut block);
     let at = u64::from(head) * CLUSTER;
     storage.write_at(&block, at).expect("writes");
     let len = u64::from(count) * CLUSTER;
-    superblock.image = Some(ImageRef { seq: 0, len, head });
+    // As releases wrote them before there were copies and parity.
+    superblock.image = Some(ImageRef {
+        seq: 0,
+        len,
+        head,
+        head_copy: 0,
+    });
     superblock.generation += 1;
     for at in SUPERBLOCK_AT {
         let written = storage.write_durable_at(&superblock.encode(), at);

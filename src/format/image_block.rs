@@ -25,7 +25,9 @@ struct RawBlock {
     index: U32,
     /// Bytes used after this header.
     used: U32,
-    reserved: [u8; 32],
+    /// Head: cluster of the copy of the next head, or 0.
+    next_copy: U32,
+    reserved: [u8; 28],
 }
 const _: () = assert!(size_of::<RawBlock>() == BLOCK_HEADER_LEN);
 
@@ -47,10 +49,50 @@ pub struct Extent {
     pub count: u32,
 }
 
+/// Blocks that share a parity block, and are neighbours in no other way.
+pub const PARITY_OF: u32 = 15;
+/// Neighbouring blocks, each of which has another parity block.
+pub const PARITY_BLOCKS: u32 = 16;
+/// Blocks after which their parity follows, where there are so many.
+pub const WINDOW: u32 = PARITY_OF * PARITY_BLOCKS;
+
+/// Parity blocks that so many blocks have.
+#[must_use]
+pub fn parity_of(blocks: u32) -> u32 {
+    let rest = blocks.checked_rem(WINDOW).unwrap_or(0);
+    let windows = blocks.checked_div(WINDOW).unwrap_or(0);
+    windows
+        .saturating_mul(PARITY_BLOCKS)
+        .saturating_add(rest.min(PARITY_BLOCKS))
+}
+
+/// Clusters that an image of so many blocks takes at most: blocks, parity, and heads twice.
+#[must_use]
+pub fn clusters_max(blocks: u32, cluster_len: usize) -> u32 {
+    let listed = blocks.saturating_add(parity_of(blocks));
+    let per_head = u32::try_from(extents_per_head(cluster_len)).unwrap_or(u32::MAX);
+    let heads = listed.div_ceil(per_head.max(1));
+    listed.saturating_add(heads.saturating_mul(2))
+}
+
+/// Adds `block` to a parity block, or takes it out: what is left of all but one is that one.
+pub fn add_parity(parity: &mut [u8], block: &[u8]) {
+    for (sum, byte) in parity.iter_mut().zip(block) {
+        *sum ^= byte;
+    }
+}
+
 /// Seals a block or head: header, payload, zeros up to `len` bytes.
-fn seal(magic: [u8; 4], stamp: ImageStamp, index: u32, payload: &[u8], out: &mut [u8]) {
+fn seal(
+    magic: [u8; 4],
+    stamp: ImageStamp,
+    (index, next_copy): (u32, u32),
+    payload: &[u8],
+    out: &mut [u8],
+) {
     let mut raw = RawBlock::new_zeroed();
     raw.magic = magic;
+    raw.next_copy = next_copy.into();
     raw.uuid_low = stamp.uuid_low.into();
     raw.seq = stamp.seq.into();
     raw.index = index.into();
@@ -66,7 +108,11 @@ fn seal(magic: [u8; 4], stamp: ImageStamp, index: u32, payload: &[u8], out: &mut
     }
 }
 
-fn unseal(magic: [u8; 4], stamp: ImageStamp, block: &[u8]) -> Result<(u32, &[u8]), FormatError> {
+fn unseal(
+    magic: [u8; 4],
+    stamp: ImageStamp,
+    block: &[u8],
+) -> Result<((u32, u32), &[u8]), FormatError> {
     let (raw, body) =
         RawBlock::read_from_prefix(block).map_err(|_short| FormatError::Short { what: WHAT })?;
     if raw.magic != magic {
@@ -96,12 +142,12 @@ fn unseal(magic: [u8; 4], stamp: ImageStamp, block: &[u8]) -> Result<(u32, &[u8]
             value: found.seq,
         });
     }
-    Ok((raw.index.get(), payload))
+    Ok(((raw.index.get(), raw.next_copy.get()), payload))
 }
 
 /// Seals block number `index` of tokens into `out`, one cluster long.
 pub fn seal_block(stamp: ImageStamp, index: u32, tokens: &[u8], out: &mut [u8]) {
-    seal(BLOCK_MAGIC, stamp, index, tokens, out);
+    seal(BLOCK_MAGIC, stamp, (index, 0), tokens, out);
 }
 
 /// The tokens of block number `index`.
@@ -109,7 +155,8 @@ pub fn seal_block(stamp: ImageStamp, index: u32, tokens: &[u8], out: &mut [u8]) 
 /// # Errors
 /// It is not that block.
 pub fn unseal_block(stamp: ImageStamp, index: u32, block: &[u8]) -> Result<&[u8], FormatError> {
-    let (found, tokens) = unseal(BLOCK_MAGIC, stamp, block)?;
+    let ((found, next_copy), tokens) = unseal(BLOCK_MAGIC, stamp, block)?;
+    reserved_is_zero(WHAT, &next_copy.to_le_bytes())?;
     if found != index {
         return Err(FormatError::Field {
             what: WHAT,
@@ -139,8 +186,8 @@ pub fn extents_per_head(cluster_len: usize) -> usize {
         .unwrap_or(0)
 }
 
-/// Seals a head: `extents`, and the cluster of the `next` head (0: none), into `out`.
-pub fn seal_head(stamp: ImageStamp, next: u32, extents: &[Extent], out: &mut [u8]) {
+/// Seals a head: `extents`, and the clusters of the `next` head and of its copy (0: none), into `out`.
+pub fn seal_head(stamp: ImageStamp, next: (u32, u32), extents: &[Extent], out: &mut [u8]) {
     let mut payload = Vec::with_capacity(extents.len().saturating_mul(8));
     for extent in extents {
         payload.extend_from_slice(&extent.start.to_le_bytes());
@@ -149,7 +196,7 @@ pub fn seal_head(stamp: ImageStamp, next: u32, extents: &[Extent], out: &mut [u8
     seal(HEAD_MAGIC, stamp, next, &payload, out);
 }
 
-/// The extents of a head and the cluster of the next one (0: none). Extents lie within
+/// The extents of a head, and the clusters of the next one and of its copy (0: none). Extents lie within
 /// `cluster_count`.
 ///
 /// # Errors
@@ -158,7 +205,7 @@ pub fn unseal_head(
     stamp: ImageStamp,
     cluster_count: u32,
     block: &[u8],
-) -> Result<(Vec<Extent>, u32), FormatError> {
+) -> Result<(Vec<Extent>, (u32, u32)), FormatError> {
     let (next, payload) = unseal(HEAD_MAGIC, stamp, block)?;
     let mut cursor = Cursor {
         what: WHAT,
@@ -181,11 +228,12 @@ pub fn unseal_head(
         }
         extents.push(extent);
     }
-    if next >= cluster_count {
+    let last = next.0.max(next.1);
+    if last >= cluster_count {
         return Err(FormatError::Field {
             what: WHAT,
             field: "next",
-            value: u64::from(next),
+            value: u64::from(last),
         });
     }
     Ok((extents, next))
@@ -201,10 +249,31 @@ mod tests {
     };
 
     #[test]
+    fn parity_is_small_and_never_missing() {
+        for (blocks, parity) in [
+            (0, 0),
+            (1, 1),
+            (16, 16),
+            (17, 16),
+            (240, 16),
+            (241, 17),
+            (480, 32),
+        ] {
+            assert_eq!(parity_of(blocks), parity, "{blocks}");
+        }
+        assert_eq!(clusters_max(1, 1 << 16), 1 + 1 + 2);
+        let extents = u32::try_from(extents_per_head(1 << 14)).expect("few");
+        assert_eq!(
+            clusters_max(extents, 1 << 14),
+            extents + parity_of(extents) + 4
+        );
+    }
+
+    #[test]
     fn a_head_names_clusters_of_the_pool() {
         let head = |start, count, next| {
             let mut head = vec![0; 512];
-            seal_head(STAMP, next, &[Extent { start, count }], &mut head);
+            seal_head(STAMP, (next, 0), &[Extent { start, count }], &mut head);
             unseal_head(STAMP, 10, &head)
         };
         head(1, 9, 9).expect("to the last cluster");
@@ -228,8 +297,8 @@ mod tests {
         unseal_block(STAMP, 6, &block).expect_err("another block");
         let mut head = vec![0; 512];
         let extents = vec![Extent { start: 3, count: 4 }];
-        seal_head(STAMP, 9, &extents, &mut head);
-        assert_eq!(unseal_head(STAMP, 10, &head), Ok((extents, 9)));
+        seal_head(STAMP, (9, 8), &extents, &mut head);
+        assert_eq!(unseal_head(STAMP, 10, &head), Ok((extents, (9, 8))));
         assert!(
             unseal_head(STAMP, 6, &head).is_err(),
             "an extent past the end"

@@ -57,11 +57,12 @@ struct Raw {
     image_head: U32,
     known_crc: U32,
     known_seq: U64,
-    reserved: [u8; 3944],
+    image_head_copy: U32,
+    reserved: [u8; 3940],
 }
 const _: () = assert!(size_of::<Raw>() == SUPERBLOCK_LEN);
 const _: () = assert!(std::mem::offset_of!(Raw, image_head) == 136);
-const _: () = assert!(std::mem::offset_of!(Raw, reserved) == 152);
+const _: () = assert!(std::mem::offset_of!(Raw, reserved) == 156);
 
 /// Where replay begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +93,8 @@ pub struct ImageRef {
     pub len: u64,
     /// Cluster of the first extent list.
     pub head: u32,
+    /// Cluster of its copy; 0 in images of before there were any.
+    pub head_copy: u32,
 }
 
 /// A checked superblock.
@@ -159,6 +162,7 @@ impl Superblock {
             seq: 0,
             len: 0,
             head: 0,
+            head_copy: 0,
         });
         let mut raw = Raw::new_zeroed();
         raw.magic = MAGIC;
@@ -179,6 +183,7 @@ impl Superblock {
         raw.image_seq = image.seq.into();
         raw.image_len = image.len.into();
         raw.image_head = image.head.into();
+        raw.image_head_copy = image.head_copy.into();
         raw.known_seq = self.known.map_or(0, |known| known.seq).into();
         raw.known_crc = self.known.map_or(0, |known| known.crc).into();
         raw.crc = crc32c(SALT, &[raw.as_bytes()]).into();
@@ -255,6 +260,7 @@ impl Superblock {
                 seq: raw.image_seq.get(),
                 len: raw.image_len.get(),
                 head,
+                head_copy: raw.image_head_copy.get(),
             }),
         };
         let start = JournalStart {
@@ -294,7 +300,7 @@ impl Superblock {
         if first != JOURNAL_AT || second != JOURNAL_AT.saturating_add(half_len) {
             return Err(field("journal_half", second));
         }
-        superblock.check_counters()?;
+
         if start.seq == 0 {
             return Err(field("start_seq", 0));
         }
@@ -304,14 +310,13 @@ impl Superblock {
         if superblock.metadata_end() >= superblock.pool_len() {
             return Err(field("cluster_count", u64::from(superblock.cluster_count)));
         }
-        if image.is_some_and(|image| image.head >= superblock.cluster_count) {
-            return Err(field("image_head", u64::from(raw.image_head.get())));
-        }
+        superblock.check_numbers()?;
         Ok(superblock)
     }
 
-    /// Counters that a life of writing never reaches, so that nothing ever overflows.
-    fn check_counters(&self) -> Result<(), FormatError> {
+    /// Counters that a life of writing never reaches, so that nothing ever overflows, and heads within
+    /// the pool.
+    fn check_numbers(&self) -> Result<(), FormatError> {
         let counters = [
             ("generation", self.generation),
             ("start_seq", self.start.seq),
@@ -319,7 +324,18 @@ impl Superblock {
             ("known_seq", self.known.map_or(0, |known| known.seq)),
             ("open_epoch", u64::from(self.open_epoch) << 31),
         ];
-        match counters.into_iter().find(|(_, n)| *n > COUNTER_MAX) {
+        let heads = self
+            .image
+            .map_or([0, 0], |image| [image.head, image.head_copy]);
+        let outside = |head: &u32| *head >= self.cluster_count;
+        let bad = match counters.into_iter().find(|(_, n)| *n > COUNTER_MAX) {
+            Some(bad) => Some(bad),
+            None => heads
+                .into_iter()
+                .find(outside)
+                .map(|head| ("image_head", u64::from(head))),
+        };
+        match bad {
             Some((field, value)) => Err(FormatError::Field {
                 what: WHAT,
                 field,
@@ -355,6 +371,7 @@ pub(crate) mod tests {
                 seq: 8,
                 len: 12345,
                 head: 77,
+                head_copy: 78,
             }),
             known: Some(KnownBatch {
                 seq: 10,

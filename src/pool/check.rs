@@ -3,6 +3,7 @@
 
 use super::derive::Mend;
 use super::error::PoolError;
+use super::image_read;
 use super::kept::KEPT_PREFIX;
 use super::load::{JournalFault, Loaded, check_len, load, read_superblock, superblock_copies};
 use super::lost::{Lost, changed_rows, said_by};
@@ -90,6 +91,7 @@ fn check_contents(
             return Ok(());
         }
     };
+    check_image(storage, &loaded, report)?;
     for fault in &loaded.journal_faults {
         check_journal(&loaded, fault, report);
     }
@@ -175,6 +177,34 @@ fn check_superblocks(
         }
     }
     Ok(Some(superblock))
+}
+
+/// What of the image is damaged although it could be loaded: the next fault might not be made up for.
+fn check_image(
+    storage: &dyn Storage,
+    loaded: &Loaded,
+    report: &mut Report,
+) -> Result<(), PoolError> {
+    for what in image_faults(storage, loaded)? {
+        let remedy = "the image is written anew; nothing is lost";
+        report.fault(format!("checkpoint image: {what}"), Some(remedy));
+    }
+    Ok(())
+}
+
+/// What of the image was damaged when it was loaded, and what would make up for the next damage.
+pub(super) fn image_faults(
+    storage: &dyn Storage,
+    loaded: &Loaded,
+) -> Result<Vec<String>, PoolError> {
+    let mut faults = loaded.image_faults.clone();
+    if faults.is_empty()
+        && let Some(mut extents) = image_read::extents(storage, &loaded.superblock)?
+    {
+        extents.check_parity(storage)?;
+        faults = extents.faults;
+    }
+    Ok(faults)
 }
 
 /// Where the journal breaks off, and what is lost from there on.

@@ -179,7 +179,7 @@ impl Evidence {
         storage: &dyn Storage,
         superblock: &Superblock,
     ) -> Result<(), PoolError> {
-        let extents = match image_read::extents(storage, superblock) {
+        let mut extents = match image_read::extents(storage, superblock) {
             Ok(Some(extents)) => extents,
             Ok(None) => return Ok(()),
             Err(e @ PoolError::Storage { .. }) => return Err(e),
@@ -188,8 +188,11 @@ impl Evidence {
         for cluster in extents.clusters.iter().cloned().flatten() {
             self.add([cluster, 0], false);
         }
-        extents.each_block(storage, &mut |_, block| {
-            let mut tokens = damaged_tokens(block);
+        extents.each_block(storage, &mut |block| {
+            let mut tokens = match block {
+                Ok(tokens) => tokens,
+                Err((_, block)) => damaged_tokens(block),
+            };
             while let Ok(Some(token)) = decode_token(&mut tokens) {
                 match token {
                     Token::Leaf(entries) => {

@@ -8,11 +8,12 @@ use crate::format::FormatError;
 use crate::format::catalogue::Row;
 use crate::format::image::{FANOUT, LEAF_ENTRIES, LEVELS, Token, encode_leaf, encode_token};
 use crate::format::image_block::{
-    BLOCK_HEADER_LEN, Extent, ImageStamp, extents_per_head, seal_block, seal_head,
+    BLOCK_HEADER_LEN, Extent, ImageStamp, PARITY_BLOCKS, WINDOW, add_parity, extents_per_head,
+    seal_block, seal_head,
 };
 use crate::format::journal::Entry;
 use crate::format::superblock::ImageRef;
-use crate::format::units::{Cluster, ClusterSize, DiskId, Generation, bytes_of};
+use crate::format::units::{Cluster, ClusterSize, DiskId, Generation, bytes_of, index};
 use crate::storage::{AlignedBuf, Storage};
 use crate::sync::Shared;
 use std::collections::HashMap;
@@ -85,6 +86,7 @@ pub fn write(
         tokens: Vec::with_capacity(size.len()),
         block: AlignedBuf::new(size.len()),
         blocks: 0,
+        parity: Vec::new(),
         clusters: Vec::new(),
         slab: 0..0,
         numbers: HashMap::new(),
@@ -93,12 +95,13 @@ pub fn write(
     let result = writer.write_all(frozen);
     writer.give_up_slab();
     match result {
-        Ok(head) => {
+        Ok((head, head_copy)) => {
             let len = u64::from(writer.blocks) * size.bytes();
             let image = ImageRef {
                 seq: frozen.seq,
                 len,
                 head,
+                head_copy,
             };
             Ok(Written {
                 image,
@@ -122,6 +125,8 @@ struct Writer<'a> {
     tokens: Vec<u8>,
     block: AlignedBuf,
     blocks: u32,
+    /// Of the blocks since the last ones.
+    parity: Vec<AlignedBuf>,
     clusters: Vec<Range<u32>>,
     slab: Range<u32>,
     /// Numbers of nodes that more than one parent refers to, by address. The frozen forest keeps
@@ -131,7 +136,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn write_all(&mut self, frozen: &Frozen) -> Result<u32, PoolError> {
+    fn write_all(&mut self, frozen: &Frozen) -> Result<(u32, u32), PoolError> {
         let Frozen {
             generation,
             next_disk,
@@ -163,6 +168,7 @@ impl Writer<'_> {
         let disks = bytes_of(frozen.disks.len());
         self.put(&Token::End { nodes, disks })?;
         self.flush_block()?;
+        self.flush_parity()?;
         self.write_heads()
     }
 
@@ -231,14 +237,37 @@ impl Writer<'_> {
         seal_block(self.stamp, self.blocks, &self.tokens, &mut self.block);
         self.tokens.clear();
         let cluster = self.take_cluster()?;
-        self.write_block(cluster)?;
+        self.write_block(cluster, &self.block)?;
+        let group = index(self.blocks % PARITY_BLOCKS);
+        if self.parity.len() <= group {
+            self.parity.push(AlignedBuf::new(self.size.len()));
+        }
+        add_parity(&mut self.parity[group], &self.block);
         self.blocks += 1;
+        match self.blocks.is_multiple_of(WINDOW) {
+            true => self.flush_parity(),
+            false => Ok(()),
+        }
+    }
+
+    fn flush_parity(&mut self) -> Result<(), PoolError> {
+        let mut parity = std::mem::take(&mut self.parity);
+        if !parity.is_empty() {
+            // It goes on where the blocks end, so that no two neighbours are of one group.
+            let in_window = (self.blocks - 1) % WINDOW + 1;
+            let first = index(in_window) % parity.len();
+            parity.rotate_left(first);
+        }
+        for parity in parity {
+            let cluster = self.take_cluster()?;
+            self.write_block(cluster, &parity)?;
+        }
         Ok(())
     }
 
-    fn write_block(&self, cluster: u32) -> Result<(), PoolError> {
+    fn write_block(&self, cluster: u32, block: &[u8]) -> Result<(), PoolError> {
         let at = self.size.offset(Cluster(cluster));
-        let write = self.storage.write_at(&self.block, at);
+        let write = self.storage.write_at(block, at);
         write.map_err(PoolError::storage("writing a checkpoint image"))
     }
 
@@ -259,8 +288,8 @@ impl Writer<'_> {
         self.space.give_back(rest, true).wake();
     }
 
-    /// Extent lists, the last one first, so that each names the one after it.
-    fn write_heads(&mut self) -> Result<u32, PoolError> {
+    /// Extent lists, the last one first, so that each names the one after it; all of them twice.
+    fn write_heads(&mut self) -> Result<(u32, u32), PoolError> {
         let extents: Vec<Extent> = self
             .clusters
             .iter()
@@ -269,12 +298,12 @@ impl Writer<'_> {
                 count: run.end - run.start,
             })
             .collect();
-        let mut next = 0;
+        let mut next = (0, 0);
         for part in extents.chunks(extents_per_head(self.size.len())).rev() {
-            let cluster = self.take_cluster()?;
             seal_head(self.stamp, next, part, &mut self.block);
-            self.write_block(cluster)?;
-            next = cluster;
+            next = (self.take_cluster()?, self.take_cluster()?);
+            self.write_block(next.0, &self.block)?;
+            self.write_block(next.1, &self.block)?;
         }
         Ok(next)
     }
@@ -380,7 +409,7 @@ impl Loader {
     }
 
     fn node(&self, number: u32) -> Result<&Node, PoolError> {
-        let node = self.nodes.get(crate::format::units::index(number));
+        let node = self.nodes.get(index(number));
         node.ok_or_else(|| PoolError::damaged(format!("checkpoint image: no node {number} yet")))
     }
 

@@ -10,7 +10,6 @@ use super::map::Zeros;
 use super::volume::Volume;
 use crate::format::FormatError;
 use crate::format::image::decode_token;
-use crate::format::image_block::unseal_block;
 use crate::format::journal::Record;
 use crate::format::superblock::{SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock};
 use crate::format::units::{ClusterSize, DiskId, bytes_of};
@@ -103,6 +102,8 @@ pub(super) struct Loaded {
     pub journal: Journal,
     pub replay: Replay,
     pub image_clusters: ImageClusters,
+    /// What of the image is damaged, and made up for.
+    pub image_faults: Vec<String>,
     /// Where the journal cannot be read as it should.
     pub journal_faults: Vec<JournalFault>,
 }
@@ -146,7 +147,8 @@ fn load_before(
     superblock: Superblock,
     end: u64,
 ) -> Result<Result<Loaded, Unfit>, PoolError> {
-    let (mut catalogue, mut replay, image_clusters) = load_frozen(storage, &superblock)?;
+    let (mut catalogue, mut replay, image_clusters, image_faults) =
+        load_frozen(storage, &superblock)?;
     let mut journal = Journal::new(&superblock);
     let mut journal_faults = Vec::new();
     while journal.last_seq() + 1 < end {
@@ -188,6 +190,7 @@ fn load_before(
         journal,
         replay,
         image_clusters,
+        image_faults,
         journal_faults,
     }))
 }
@@ -196,9 +199,10 @@ fn load_before(
 fn load_frozen(
     storage: &dyn Storage,
     superblock: &Superblock,
-) -> Result<(Catalogue, Replay, ImageClusters), PoolError> {
+) -> Result<(Catalogue, Replay, ImageClusters, Vec<String>), PoolError> {
     let size = superblock.cluster_size;
-    let (frozen, image_clusters) = load_image(storage, superblock)?;
+    let image = load_image(storage, superblock)?;
+    let frozen = image.frozen;
     let mut replay = Replay {
         generation: frozen.generation.0,
         next_disk: frozen.next_disk.0,
@@ -217,7 +221,7 @@ fn load_frozen(
         replay.next_disk = replay.next_disk.max(row.id.0.saturating_add(1));
         catalogue.put(row, &Arc::new(volume));
     }
-    Ok((catalogue, replay, image_clusters))
+    Ok((catalogue, replay, image.clusters, image.faults))
 }
 
 fn replay_all(
@@ -237,31 +241,42 @@ fn replay_all(
     Ok(())
 }
 
+/// An image, and where it is.
+struct LoadedImage {
+    frozen: image::Frozen,
+    clusters: ImageClusters,
+    /// What of it is damaged, and made up for.
+    faults: Vec<String>,
+}
+
 /// Loads the image in force, and lists its clusters.
-fn load_image(
-    storage: &dyn Storage,
-    superblock: &Superblock,
-) -> Result<(image::Frozen, ImageClusters), PoolError> {
-    let Some(extents) = image_read::extents(storage, superblock)? else {
+fn load_image(storage: &dyn Storage, superblock: &Superblock) -> Result<LoadedImage, PoolError> {
+    let Some(mut extents) = image_read::extents(storage, superblock)? else {
         let generation = crate::format::units::Generation(1);
         let (next_disk, disks) = (DiskId(1), Vec::new());
-        return Ok((
-            image::Frozen {
-                seq: 0,
-                generation,
-                next_disk,
-                disks,
-            },
-            Vec::new(),
-        ));
+        let frozen = image::Frozen {
+            seq: 0,
+            generation,
+            next_disk,
+            disks,
+        };
+        return Ok(LoadedImage {
+            frozen,
+            clusters: Vec::new(),
+            faults: Vec::new(),
+        });
     };
     let mut loader = Loader::default();
-    extents.each_block(storage, &mut |number, block| {
-        let mut tokens = unseal_block(extents.stamp, number, block)?;
+    extents.each_block(storage, &mut |block| {
+        let mut tokens = block.map_err(|(damage, _)| damage)?;
         while let Some(token) = decode_token(&mut tokens)? {
             loader.feed(token)?;
         }
         Ok(())
     })?;
-    Ok((loader.finish(extents.stamp.seq)?, extents.clusters))
+    Ok(LoadedImage {
+        frozen: loader.finish(extents.seq())?,
+        clusters: extents.clusters,
+        faults: extents.faults,
+    })
 }

@@ -380,7 +380,7 @@ impl Pool {
             .iter()
             .map(|run| run.end - run.start)
             .sum();
-        let least = (self.superblock.lock().cluster_count / 1024).clamp(4, 64);
+        let least = (self.superblock.lock().cluster_count / 1024).clamp(8, 64);
         self.space
             .set_image_reserve(now.saturating_add(now / 2).saturating_add(least));
     }

@@ -2,7 +2,7 @@
 //! written anew. Nothing that was there is written over but the superblocks, which are saved; what is
 //! given up is kept from others ([`super::kept`]).
 
-use super::check::{Report, check};
+use super::check::{Report, check, image_faults};
 use super::derive::{EntryFault, Mend, derive};
 use super::dump::ZEROS;
 use super::error::PoolError;
@@ -46,7 +46,8 @@ pub fn repair(storage: &Arc<dyn Storage>) -> Result<Report, PoolError> {
     let storage = &**storage;
     let (superblock, _) = read_superblock(storage)?;
     let mut loaded = load(storage, superblock.clone())?;
-    let mut is_changed = !loaded.journal_faults.is_empty();
+    let mut is_changed =
+        !loaded.journal_faults.is_empty() || !image_faults(storage, &loaded)?.is_empty();
     let given_up = loaded.journal_faults.iter();
     let given_up = given_up
         .filter_map(|fault| Some(fault.lost.as_ref()?.first))

@@ -308,6 +308,7 @@ impl Dump {
             catalogue: self.catalogue,
             replay: self.replay,
             image_clusters: Vec::new(),
+            image_faults: Vec::new(),
             journal_faults: Vec::new(),
         };
         if let Some(fault) = derive(&loaded, &mut Space::new())?.first() {

@@ -10,6 +10,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod given_up;
+mod images;
 mod interrupted;
 mod journals;
 mod planted;

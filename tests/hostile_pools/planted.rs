@@ -183,7 +183,12 @@ pub(crate) fn impossible_images(storage: &SimStorage) -> Vec<(&'static str, Arc<
         ("too long", image.head, image.seq, u64::MAX),
     ] {
         let bad = copy(storage);
-        let image = tidepool::format::superblock::ImageRef { seq, len, head };
+        let image = tidepool::format::superblock::ImageRef {
+            seq,
+            len,
+            head,
+            head_copy: 0,
+        };
         put_superblock(
             &bad,
             &Superblock {
@@ -202,16 +207,16 @@ pub(crate) fn impossible_images(storage: &SimStorage) -> Vec<(&'static str, Arc<
     for (what, next, extents) in [
         (
             "a ring of heads",
-            image.head,
+            (image.head, image.head_copy),
             vec![Extent {
                 start: image.head - 1,
                 count: 1,
             }],
         ),
-        ("nothing", 0, vec![]),
+        ("nothing", (0, 0), vec![]),
         (
             "itself",
-            0,
+            (0, 0),
             vec![Extent {
                 start: image.head,
                 count: 1,
@@ -219,7 +224,7 @@ pub(crate) fn impossible_images(storage: &SimStorage) -> Vec<(&'static str, Arc<
         ),
         (
             "everything",
-            0,
+            (0, 0),
             vec![Extent {
                 start: 1,
                 count: count - 1,
@@ -227,7 +232,7 @@ pub(crate) fn impossible_images(storage: &SimStorage) -> Vec<(&'static str, Arc<
         ),
         (
             "twice",
-            0,
+            (0, 0),
             vec![
                 Extent {
                     start: image.head - 1,
@@ -238,7 +243,7 @@ pub(crate) fn impossible_images(storage: &SimStorage) -> Vec<(&'static str, Arc<
         ),
         (
             "outside",
-            0,
+            (0, 0),
             vec![Extent {
                 start: count - 1,
                 count: u32::MAX,
@@ -248,8 +253,10 @@ pub(crate) fn impossible_images(storage: &SimStorage) -> Vec<(&'static str, Arc<
         let bad = copy(storage);
         let mut block = bytes(0, CLUSTER);
         seal_head(stamp, next, &extents, &mut block);
-        let at = u64::from(image.head) * CLUSTER;
-        bad.write_durable_at(&block, at).expect("writes");
+        for head in [image.head, image.head_copy] {
+            let at = u64::from(head) * CLUSTER;
+            bad.write_durable_at(&block, at).expect("writes");
+        }
         cases.push((what, bad));
     }
     cases

@@ -11,6 +11,7 @@ use super::progress::Progress;
 use crate::cowdisk::{self, PoolUsage};
 use crate::format::catalogue::RowKind;
 use crate::format::units::ClusterSize;
+use crate::pool::kept::KEPT_PREFIX;
 use crate::pool::open::create as make_pool;
 use crate::pool::{CreateOptions, Pool};
 use crate::storage::FileStorage;
@@ -275,6 +276,7 @@ fn info(path: &Path, pool: &Pool) -> Result<Reply, Failure> {
         ("reserved", human::exact(usage.reserved)),
         ("metadata", human::exact(usage.metadata)),
         ("reclaimable", human::exact(usage.reclaimable)),
+        ("given up", human::exact(given_up(&usage))),
         ("host-allocated", human::exact(usage.host_allocated)),
         (
             "host-free",
@@ -301,6 +303,13 @@ fn host_free(path: &Path) -> Option<u64> {
     file::host_free(path).ok().flatten()
 }
 
+/// What repairs have given up, and kept.
+fn given_up(usage: &PoolUsage) -> u64 {
+    let kept = usage.disks.iter();
+    let kept = kept.filter(|(item, _)| item.row.name.starts_with(KEPT_PREFIX));
+    kept.map(|(_, usage)| usage.used).sum()
+}
+
 fn count(usage: &PoolUsage, kind: RowKind) -> usize {
     let rows = usage.disks.iter().map(|(item, _)| &item.row);
     rows.filter(|row| row.kind == kind).count()
@@ -322,6 +331,7 @@ fn describe(path: &Path, pool: &Pool, usage: &PoolUsage) -> Value {
         "disks": count(usage, RowKind::Disk),
         "snapshots": count(usage, RowKind::Snapshot),
         "is_clean": pool.superblock().is_clean,
+        "given_up_bytes": given_up(usage),
     })
 }
 
