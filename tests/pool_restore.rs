@@ -12,7 +12,8 @@ use tidepool::pool::check::check;
 use tidepool::pool::dump::dump;
 use tidepool::pool::load::read_superblock;
 use tidepool::pool::restore::{Dump, Restored, Unknown};
-use tidepool::pool::{Pool, PoolError};
+use tidepool::pool::undo::undo;
+use tidepool::pool::{OpenOptions, Pool, PoolError};
 use tidepool::storage::{SimStorage, Storage};
 
 const LEN: u64 = 200 * CLUSTER;
@@ -107,6 +108,11 @@ fn a_wiped_pool_comes_back_from_its_dump() {
         (0, used, true)
     );
     assert_eq!(of_disks(&dumped(&*storage)), of_disks(&lines));
+    let refused = undo(&*storage).expect_err("there were no superblocks");
+    assert!(
+        refused.to_string().contains("nothing to put back"),
+        "{refused}"
+    );
     let pool = opened(&storage);
     assert!(contents(&pool) == before, "contents");
     // And it is a pool like any other: what is written now stays apart.
@@ -466,4 +472,38 @@ fn the_newer_superblock_of_a_dump_counts() {
         restore(&storage, &lines).expect("restores");
         assert_eq!(opened(&storage).superblock().pool_len(), 2 * POOL_LEN);
     }
+}
+
+/// What another pool had may be written over by a restore in its place: that cannot be taken back. A
+/// restore in the place of the same pool can.
+#[test]
+fn a_restore_is_taken_back_where_nothing_was_written_over() {
+    let (storage, before) = sample();
+    let lines = dumped(&*storage);
+    let pool = opened(&storage);
+    let new = disk(&pool, "new", LEN);
+    new.write_at(&bytes(8, LEN), 0).expect("writes");
+    drop(new);
+    let later = contents(&pool);
+    pool.close().expect("closes");
+    drop(pool);
+    restore_with(&storage, &lines, Unknown::Refused).expect("restores");
+    assert!(contents(&read_only(&storage)) == before);
+    undo(&*storage).expect("nobody wrote since");
+    assert!(contents(&opened(&storage)) == later);
+    let (other, _) = fresh();
+    restore_with(&other, &lines, Unknown::Accepted).expect("as is said");
+    let refused = undo(&*other).expect_err("another pool");
+    assert!(
+        refused.to_string().contains("nothing to put back"),
+        "{refused}"
+    );
+}
+
+fn read_only(storage: &Arc<SimStorage>) -> Arc<Pool> {
+    let options = OpenOptions {
+        is_read_only: true,
+        ..OpenOptions::default()
+    };
+    Pool::open(Arc::clone(storage) as Arc<dyn Storage>, &options).expect("opens")
 }

@@ -54,7 +54,8 @@ pub(super) fn first_batch(
 }
 
 /// Writes what was loaded, which has no fault, to `storage`; `space` was derived from it.
-/// `last_batch` is the last one of its history. What `evidence` names is not written.
+/// `last_batch` is the last one of its history. What `evidence` names is not written; without any, what
+/// was there cannot be put back.
 ///
 /// # Errors
 /// No space, or the store failed.
@@ -83,7 +84,11 @@ pub(super) fn rewrite(
     }
     let flushed = storage.flush();
     flushed.map_err(PoolError::storage("flushing a checkpoint image"))?;
-    undo::save(storage, superblock.uuid, start.seq, superblock.open_epoch)?;
+    match evidence {
+        Some(_) => undo::save(storage, superblock.uuid, start.seq, superblock.open_epoch)?,
+        // What was there may be written over.
+        None => undo::forget(storage)?,
+    }
     superblock.generation += 1;
     superblock.is_clean = true;
     superblock.start = start;

@@ -79,8 +79,13 @@ fn raw_copy(storage: &dyn Storage, at: u64) -> Box<[u8; SUPERBLOCK_LEN]> {
 /// failed: run it again.
 pub fn undo(storage: &dyn Storage) -> Result<(), PoolError> {
     let (superblock, _) = read_superblock(storage)?;
-    let Some(undo) = undo_of(storage, &superblock)? else {
+    let undo = undo_of(storage, &superblock)?;
+    let Some(undo) = undo.filter(|undo| undo.superblock().is_some()) else {
         return Err(PoolError::invalid(match saved(storage)? {
+            Some(undo) if undo.superblock().is_none() => {
+                "before it was restored it had no superblock that was intact: there is nothing to put \
+                 back"
+            }
             Some(_) => {
                 "the pool has been opened for writing since it was repaired or restored, so what \
                  was before may be written over: it cannot be put back"
@@ -95,6 +100,25 @@ pub fn undo(storage: &dyn Storage) -> Result<(), PoolError> {
         bytes.copy_from_slice(&copy[..]);
         storage.write_durable_at(&bytes, at).map_err(writing())?;
     }
+    forget(storage)
+}
+
+/// Takes away the undo that is in the store.
+///
+/// # Errors
+/// The store failed.
+pub(super) fn forget(storage: &dyn Storage) -> Result<(), PoolError> {
     let zeros = AlignedBuf::new(SUPERBLOCK_LEN);
-    storage.write_durable_at(&zeros, UNDO_AT).map_err(writing())
+    let written = storage.write_durable_at(&zeros, UNDO_AT);
+    written.map_err(PoolError::storage("taking the undo away"))
+}
+
+/// Whether [`undo`] would put anything back.
+///
+/// # Errors
+/// The store failed.
+pub fn is_possible(storage: &dyn Storage) -> Result<bool, PoolError> {
+    let (superblock, _) = read_superblock(storage)?;
+    let undo = undo_of(storage, &superblock)?;
+    Ok(undo.is_some_and(|undo| undo.superblock().is_some()))
 }

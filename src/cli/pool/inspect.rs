@@ -198,7 +198,7 @@ pub(super) fn restore(args: &Restore) -> Result<Reply, Failure> {
         "{shown}: restored, with {} disks and snapshots\n",
         restored.disks
     ));
-    if !is_new {
+    if undo::is_possible(&*storage).unwrap_or(false) {
         text.push_str(&format!(
             "`tidepool pool undo {shown}` takes that back, until the pool is opened for writing\n"
         ));
