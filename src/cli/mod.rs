@@ -17,6 +17,7 @@ mod interrupt;
 mod natural;
 mod open;
 mod output;
+mod panics;
 mod pool;
 mod progress;
 mod serve;

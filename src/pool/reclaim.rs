@@ -5,7 +5,7 @@ use super::error::PoolError;
 use super::open::Return;
 use crate::format::units::Cluster;
 use crate::sync::atomic::Ordering;
-use crate::sync::{Arc, JoinHandle, spawn_named};
+use crate::sync::{Arc, JoinHandle, Vital, spawn_named};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -181,6 +181,7 @@ impl Pool {
     }
 
     fn run_background(&self) {
+        let _vital = Vital::new();
         let mut idle_turns = 0;
         loop {
             let is_idle = {

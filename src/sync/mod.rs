@@ -18,6 +18,7 @@ mod real;
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]
 mod shared;
+mod vital;
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]
 pub use modelled::*;
@@ -26,6 +27,7 @@ pub use real::*;
 #[cfg(any(feature = "loom", feature = "shuttle"))]
 pub use shared::Shared;
 pub use std::sync::{Arc, OnceLock, Weak};
+pub use vital::{OnPanic, Vital, set_on_panic};
 
 /// For what outlives a model checker's run, or is used outside of it: statics, signal handlers, and
 /// counters that nothing depends on.

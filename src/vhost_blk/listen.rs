@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::format::units::bytes_of;
-use crate::sync::{Arc, Condvar, Mutex, spawn_named};
+use crate::sync::{Arc, Condvar, Mutex, Vital, spawn_named};
 use crate::sys::clock;
 use crate::sys::fd::Event;
 
@@ -350,6 +350,7 @@ impl Reception {
                 port: &theirs,
                 reception: &reception,
             };
+            let _vital = Vital::new();
             serve(&theirs, stream, handle, pick);
         });
         started.map(drop).inspect_err(|_| {

@@ -14,6 +14,7 @@ mod tell;
 use super::failure::Failure;
 use super::open;
 use super::output::{Output, Reply};
+use super::panics;
 use crate::pool::reclaim::Background;
 use crate::pool::{Pool, Return};
 use crate::sync::{Arc, spawn_named};
@@ -121,6 +122,7 @@ struct Owned {
 
 /// Serves until a signal comes, then closes what it opened.
 pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
+    panics::abort();
     check_stems(&args.pools)?;
     // Before any thread is made, so that none of them takes the signals.
     let signals = Endings::hold();

@@ -21,7 +21,7 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::cowdisk::Segment;
-use crate::sync::{Arc, JoinHandle, spawn_named};
+use crate::sync::{Arc, JoinHandle, Vital, spawn_named};
 use crate::sys::call::Caller;
 use crate::sys::clock;
 use crate::sys::mmap::GuestRun;
@@ -185,6 +185,7 @@ impl Worker {
     }
 
     fn run(&mut self) {
+        let _vital = Vital::new();
         loop {
             self.now = clock::now();
             self.reap();
