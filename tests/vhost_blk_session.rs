@@ -21,6 +21,8 @@ mod guest;
 mod host;
 #[path = "vhost_blk/hostile.rs"]
 mod hostile;
+#[path = "vhost_blk/hung.rs"]
+mod hung;
 #[path = "vhost_blk/lost.rs"]
 mod lost;
 #[path = "vhost_blk/pools.rs"]

@@ -30,6 +30,13 @@ pub struct CopyJob {
 }
 
 impl CopyJob {
+    /// Whether some of it comes from the base: it takes as long as that likes.
+    #[must_use]
+    pub fn reads_base(&self) -> bool {
+        let is_of_base = |(_, source): &(u32, Source)| matches!(source, Source::Base(_));
+        self.copies.iter().any(is_of_base)
+    }
+
     /// The copies in runs that one read and one write can do.
     fn runs(&self, sub_len: u64) -> impl Iterator<Item = &[(u32, Source)]> {
         self.copies
@@ -103,15 +110,25 @@ impl Disk {
     ///
     /// # Errors
     /// The store or base failed; the disk is as it was.
-    #[expect(clippy::needless_pass_by_value, reason = "a job is run once")]
     pub fn run_copy(&self, job: CopyJob) -> Result<(), DiskError> {
         let moved = self.move_blocks(&job);
+        self.end_copy(job, moved.is_ok());
+        moved
+    }
+
+    /// Ends a copy that is not run: the disk is as it was.
+    pub fn abandon_copy(&self, job: CopyJob) {
+        self.end_copy(job, false);
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "a job ends once")]
+    fn end_copy(&self, job: CopyJob, is_moved: bool) {
         let pool = self.pool();
         pool.mark_written();
         let mut freed = Woken::default();
         let mut map = self.volume().map.write();
         let is_new_cluster = job.after.own != job.before.own;
-        if moved.is_ok() {
+        if is_moved {
             assert_eq!(
                 map.get(job.lcn),
                 job.before,
@@ -128,7 +145,6 @@ impl Disk {
         drop(map);
         woken.wake();
         freed.wake();
-        moved
     }
 
     fn move_blocks(&self, job: &CopyJob) -> Result<(), DiskError> {

@@ -303,9 +303,12 @@ impl Disk {
     ) -> Result<(Pass, Step), DiskError> {
         let mut has_reclaimed = false;
         loop {
-            let pass = self.enter_blocking(waker);
+            let mut pass = self.enter_blocking(waker);
             match plan(&pass, waker)? {
-                Step::Copy(job) => self.run_copy(job)?,
+                Step::Copy(job) => {
+                    pass.pause();
+                    self.run_copy(job)?;
+                }
                 Step::Busy => {
                     drop(pass);
                     park();

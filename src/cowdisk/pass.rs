@@ -11,7 +11,8 @@ use crate::sync::Arc;
 pub struct Pass {
     handle: Arc<Handle>,
     shard: usize,
-    epoch: u64,
+    /// `None` while it is paused.
+    epoch: Option<u64>,
 }
 
 impl Pass {
@@ -21,14 +22,35 @@ impl Pass {
         Self {
             handle: Arc::clone(handle),
             shard,
-            epoch,
+            epoch: Some(epoch),
         }
+    }
+
+    /// Before a copy that takes as long as the base below likes: clusters that were dropped need not
+    /// wait for it. What the copy itself uses is not dropped, because nothing else may change the
+    /// entry that refers to it, and the disk is not forked or deleted. Nothing is planned until
+    /// [`Pass::resume`].
+    pub fn pause(&mut self) {
+        if let Some(epoch) = self.epoch.take() {
+            self.handle.pool.epochs.leave(self.shard, epoch);
+        }
+    }
+
+    /// After the copy.
+    pub fn resume(&mut self) {
+        if self.epoch.is_none() {
+            self.epoch = Some(self.handle.pool.epochs.enter(self.shard));
+        }
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.epoch.is_none()
     }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.handle.pool.epochs.leave(self.shard, self.epoch);
+        self.pause();
         self.handle.volume.gate.leave(self.shard);
     }
 }

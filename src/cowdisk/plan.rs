@@ -91,11 +91,12 @@ impl Disk {
     /// Out of range, or the disk was deleted.
     pub fn plan_read(
         &self,
-        _pass: &Pass,
+        pass: &Pass,
         offset: u64,
         len: u32,
         out: &mut Vec<Segment>,
     ) -> Result<(), DiskError> {
+        debug_assert!(!pass.is_paused(), "no cluster may be used");
         let map = self.volume().map.read();
         self.check_range(&map, offset, u64::from(len))?;
         let first = out.len();

@@ -140,13 +140,14 @@ impl Disk {
     /// Out of range, read-only, deleted, poisoned, or over the disk's limit.
     pub fn plan_write(
         &self,
-        _pass: &Pass,
+        pass: &Pass,
         offset: u64,
         len: u32,
         plan: &mut WritePlan,
         waker: &Waker,
     ) -> Result<Step, DiskError> {
         debug_assert!(plan.fills.is_empty(), "the last write was completed");
+        debug_assert!(!pass.is_paused(), "no cluster may be used");
         plan.segments.clear();
         if self.is_read_only() {
             return Err(DiskError::ReadOnly { name: self.name() });

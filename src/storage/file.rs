@@ -185,6 +185,12 @@ impl FileStorage {
         &self.path
     }
 
+    /// As [`sys::waits_without_thread`].
+    #[must_use]
+    pub fn waits_without_thread(&self) -> bool {
+        sys::waits_without_thread(&self.file)
+    }
+
     /// True if this is a block device.
     #[must_use]
     pub fn is_block_device(&self) -> bool {

@@ -15,7 +15,9 @@ use nix::errno::Errno;
 use nix::fcntl::{
     self, AT_FDCWD, FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, RenameFlags,
 };
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
 use nix::sys::statvfs::statvfs;
 use nix::sys::uio;
 use nix::unistd::{Whence, lseek};
@@ -212,6 +214,20 @@ pub fn host_free(path: &Path) -> io::Result<Option<u64>> {
     }
     let stat = statvfs(path)?;
     Ok(Some(stat.blocks_available() * stat.fragment_size()))
+}
+
+/// Whether a read of `file` that has to wait takes no thread for that: of the file systems on local
+/// devices this is known. Of any other, FUSE and those on a network above all, a ring has one of its
+/// few threads wait for as long as it takes, and other files' requests with it.
+#[must_use]
+pub fn waits_without_thread(file: &File) -> bool {
+    let known = [
+        EXT4_SUPER_MAGIC,
+        XFS_SUPER_MAGIC,
+        BTRFS_SUPER_MAGIC,
+        TMPFS_MAGIC,
+    ];
+    fstatfs(file).is_ok_and(|stat| known.contains(&stat.filesystem_type()))
 }
 
 /// Tells the page cache that access is random. Without it one sequential read fills the cache with

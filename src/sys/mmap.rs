@@ -406,6 +406,12 @@ impl GuestPin {
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         Self(Rc::new(Pinned(memory)))
     }
+
+    /// The memory, for another thread.
+    #[must_use]
+    pub fn shared(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.0.0)
+    }
 }
 
 impl Deref for GuestPin {

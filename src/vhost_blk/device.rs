@@ -12,7 +12,7 @@ use crate::sync::{Arc, Mutex};
 use crate::virtio::blk;
 
 use super::events::{Event, EventKind, Reporter};
-use super::helpers::{Flusher, Helpers};
+use super::helpers::{DiskHelpers, Flusher, Ticket, Work};
 use super::stats::{DiskStats, LaneStats};
 
 /// See the module.
@@ -21,7 +21,7 @@ pub(super) struct Device {
     pub(super) disk: Disk,
     pub(super) queues_max: u16,
     pub(super) flusher: Arc<Flusher>,
-    pub(super) helpers: Arc<Helpers>,
+    helpers: DiskHelpers,
     /// Sessions that lost their memory.
     lost_sessions: Counter,
     /// The `writeback` field of the configuration space. As it was written last, through resets
@@ -48,7 +48,7 @@ impl Device {
         disk: Disk,
         queues_max: u16,
         flusher: Arc<Flusher>,
-        helpers: Arc<Helpers>,
+        helpers: DiskHelpers,
         events: Option<SyncSender<Event>>,
     ) -> Self {
         Self {
@@ -67,6 +67,12 @@ impl Device {
     /// Tells the server's owner, if it wants to know.
     pub(super) fn report(&self, kind: EventKind, reason: &dyn Display) {
         self.reporter.report(&self.disk.name(), kind, reason);
+    }
+
+    /// Has `work` for this disk done on another thread.
+    pub(super) fn submit(&self, work: Work, ticket: Ticket) {
+        let me = std::ptr::from_ref(self).addr();
+        self.helpers.submit(me, work, ticket);
     }
 
     pub(super) fn features(&self) -> u64 {

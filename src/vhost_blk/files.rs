@@ -45,7 +45,7 @@ impl Files {
             )
         })?;
         let pool = self.find_or(ring, Arc::as_ptr(disk.pool()).addr(), None, fd)?;
-        let Some((base, fd)) = disk.base().and_then(|base| Some((base, base.as_fd()?))) else {
+        let Some((base, fd)) = disk.base().and_then(|base| Some((base, base.ring_fd()?))) else {
             return Ok(LaneFiles { pool, base: None });
         };
         match self.find_or(ring, Arc::as_ptr(base).addr(), Some(base), fd) {

@@ -1,24 +1,34 @@
-//! Threads for what would hold a worker up: copies, reads of bases that are no
-//! plain file, and flushes.
+//! What would hold a worker up and is done elsewhere: copies, reads of bases that a ring cannot or must
+//! not read, and flushes.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::Weak;
 
 use crate::cowdisk::{Base, CopyJob, Disk, DiskError, DiskErrorKind};
-use crate::sync::{Arc, Condvar, JoinHandle, Mutex, spawn_named};
-use crate::sys::buffer::AlignedBuf;
+use crate::sync::{Arc, Condvar, JoinHandle, Mutex, Vital, spawn_named};
+use crate::sys::mmap::{GuestMemory, GuestRun};
 
+use super::crew::{Crew, Job, Scratch};
 use super::mailbox::{Done, Mailbox, Message};
 
-/// Threads that copy.
-const HELPERS: usize = 4;
+/// Most threads that copy within one pool.
+pub(super) const COPY_THREADS_MAX: usize = 4;
+/// Most threads that read one base, for all disks over it.
+pub(super) const BASE_THREADS_MAX: usize = 4;
 
 /// Who waits for a piece of work.
 #[derive(Debug, Clone)]
 pub(super) struct Ticket {
     pub(super) worker: Arc<Mailbox>,
     pub(super) task: u32,
-    pub(super) part: u32,
+}
+
+impl Ticket {
+    fn report(self, result: Result<(), WorkFailed>) {
+        let task = self.task;
+        self.worker.post(Message::Done(Done { task, result }));
+    }
 }
 
 /// Something that blocks.
@@ -26,12 +36,13 @@ pub(super) struct Ticket {
 pub(super) enum Work {
     /// Copy before a write.
     Copy(Disk, CopyJob),
-    /// Read `len` bytes at `offset` into the buffer.
+    /// Read `len` bytes, at most [`super::crew::SCRATCH_LEN`], from `offset` into guest memory.
     Base {
         base: Arc<Base>,
         offset: u64,
         len: usize,
-        buffer: AlignedBuf,
+        memory: Arc<GuestMemory>,
+        runs: Vec<GuestRun>,
     },
 }
 
@@ -51,24 +62,112 @@ impl From<DiskError> for WorkFailed {
     }
 }
 
-impl Work {
-    fn run(self) -> (Result<(), WorkFailed>, Option<AlignedBuf>) {
-        match self {
-            Self::Copy(disk, job) => (disk.run_copy(job).map_err(WorkFailed::from), None),
-            Self::Base {
+impl WorkFailed {
+    fn io(what: &str, error: &io::Error) -> Self {
+        Self {
+            kind: DiskErrorKind::Io,
+            reason: format!("{what}: {error}").into(),
+        }
+    }
+}
+
+/// Work and who waits for it.
+#[derive(Debug)]
+pub(super) struct Errand {
+    pub(super) work: Work,
+    pub(super) ticket: Ticket,
+}
+
+impl Job for Errand {
+    fn run(self, scratch: &mut Scratch) {
+        let result = match self.work {
+            Work::Copy(disk, job) => disk.run_copy(job).map_err(WorkFailed::from),
+            Work::Base {
                 base,
                 offset,
                 len,
-                mut buffer,
+                memory,
+                runs,
             } => {
-                let result = base.read_at(&mut buffer.bytes_mut()[..len], offset);
-                let failed = |error| WorkFailed {
-                    kind: DiskErrorKind::Io,
-                    reason: format!("reading the base image: {error}").into(),
-                };
-                (result.map_err(failed), Some(buffer))
+                let bytes = scratch.bytes(len);
+                let read = base.read_at(bytes, offset);
+                if read.is_ok() {
+                    memory.scatter(&runs, bytes);
+                }
+                read.map_err(|e| WorkFailed::io("reading the base image", &e))
             }
+        };
+        // Last: whoever hears of it may close what this held until now.
+        self.ticket.report(result);
+    }
+
+    fn refuse(self, error: &io::Error) {
+        if let Work::Copy(disk, job) = self.work {
+            disk.abandon_copy(job);
         }
+        let failed = WorkFailed::io("starting a thread", error);
+        self.ticket.report(Err(failed));
+    }
+}
+
+/// The crews that are in use, by the address of what they are for.
+#[derive(Debug, Default)]
+struct Crews {
+    known: HashMap<usize, Weak<Crew<Errand>>>,
+    /// So many are there before those that are over are looked for again.
+    prune_at: usize,
+}
+
+impl Crews {
+    fn get(&mut self, key: usize, name: &'static str, most: usize) -> Arc<Crew<Errand>> {
+        // A crew lives no longer than the devices that use it, and these keep what it is for.
+        if let Some(crew) = self.known.get(&key).and_then(Weak::upgrade) {
+            return crew;
+        }
+        if self.known.len() >= self.prune_at {
+            self.known.retain(|_, crew| crew.strong_count() > 0);
+            self.prune_at = 2 * self.known.len() + 16;
+        }
+        let crew = Arc::new(Crew::new(name, most));
+        self.known.insert(key, Arc::downgrade(&crew));
+        crew
+    }
+}
+
+/// Finds the helpers of disks.
+#[derive(Debug, Default)]
+pub(super) struct Helpers(Mutex<Crews>);
+
+impl Helpers {
+    /// Those of `disk`: its pool's, and its base's.
+    pub(super) fn of(&self, disk: &Disk) -> DiskHelpers {
+        let mut crews = self.0.lock();
+        let pool = Arc::as_ptr(disk.pool()).addr();
+        let base = disk.base().map(|base| Arc::as_ptr(base).addr());
+        DiskHelpers {
+            copiers: crews.get(pool, "vblk-copy", COPY_THREADS_MAX),
+            readers: base.map(|base| crews.get(base, "vblk-base", BASE_THREADS_MAX)),
+        }
+    }
+}
+
+/// Who works for one disk.
+#[derive(Debug)]
+pub(super) struct DiskHelpers {
+    copiers: Arc<Crew<Errand>>,
+    readers: Option<Arc<Crew<Errand>>>,
+}
+
+impl DiskHelpers {
+    /// Has `work` done for a disk of which `from` is one number.
+    pub(super) fn submit(&self, from: usize, work: Work, ticket: Ticket) {
+        let is_of_base = match &work {
+            Work::Copy(_, job) => job.reads_base(),
+            Work::Base { .. } => true,
+        };
+        let readers = self.readers.as_ref().filter(|_| is_of_base);
+        let crew = readers.unwrap_or(&self.copiers);
+        crew.submit(from, Errand { work, ticket });
     }
 }
 
@@ -138,50 +237,6 @@ fn join(threads: &Mutex<Vec<JoinHandle<()>>>) {
     }
 }
 
-/// The threads for [`Work`].
-#[derive(Debug)]
-pub(super) struct Helpers {
-    channel: Arc<Channel<(Work, Ticket)>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-impl Helpers {
-    pub(super) fn start() -> io::Result<Self> {
-        let channel = Arc::new(Channel::<(Work, Ticket)>::new());
-        let mut threads = Vec::new();
-        for index in 0..HELPERS {
-            let channel = Arc::clone(&channel);
-            threads.push(spawn_named(&format!("vblk-help{index}"), move || {
-                while let Some((work, ticket)) = channel.pop() {
-                    let (result, buffer) = work.run();
-                    let (task, part) = (ticket.task, ticket.part);
-                    ticket.worker.post(Message::Done(Done {
-                        task,
-                        part,
-                        result,
-                        buffer,
-                    }));
-                }
-            })?);
-        }
-        Ok(Self {
-            channel,
-            threads: Mutex::new(threads),
-        })
-    }
-
-    pub(super) fn submit(&self, work: Work, ticket: Ticket) {
-        self.channel.push((work, ticket));
-    }
-}
-
-impl Drop for Helpers {
-    fn drop(&mut self) {
-        self.channel.close();
-        join(&self.threads);
-    }
-}
-
 /// The thread that flushes one pool: all requests that wait when a round begins share one flush.
 ///
 /// A request is here only after everything its guest saw completed was completed on the disk, so
@@ -210,6 +265,7 @@ impl Flusher {
 }
 
 fn flush_rounds(channel: &Channel<(Disk, Ticket)>) {
+    let _vital = Vital::new();
     while let Some(mut round) = channel.pop_all() {
         let result = match round.front() {
             Some((disk, _)) => disk.flush().map_err(WorkFailed::from),
@@ -225,9 +281,7 @@ fn flush_rounds(channel: &Channel<(Disk, Ticket)>) {
             worker.post_all(mine.into_iter().map(|(_, ticket)| {
                 Message::Done(Done {
                     task: ticket.task,
-                    part: ticket.part,
                     result: result.clone(),
-                    buffer: None,
                 })
             }));
         }

@@ -6,7 +6,6 @@ use std::task::Wake;
 
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
-use crate::sys::buffer::AlignedBuf;
 use crate::sys::fd::{Event, EventFd};
 use crate::sys::mmap::GuestMemory;
 use crate::virtio::queue::{RingAddresses, SplitQueue};
@@ -37,10 +36,7 @@ pub(super) struct Start {
 #[derive(Debug)]
 pub(super) struct Done {
     pub(super) task: u32,
-    /// Which piece of the request, where it has several.
-    pub(super) part: u32,
     pub(super) result: Result<(), WorkFailed>,
-    pub(super) buffer: Option<AlignedBuf>,
 }
 
 /// What a worker is told.

@@ -4,7 +4,7 @@
 //! client --socket--> session (a thread a client) --messages--> worker (a thread, a ring)
 //! client --kick----------------------------------------------> worker --I/O--> pool, base
 //! client <-call----------------------------------------------- worker
-//!                        helper threads (copies, qcow2 reads), flusher (one a pool) <-> worker
+//!     worker <-> copies (threads of each pool), reads of bases (of each base), flusher (one a pool)
 //! ```
 //! Invariants:
 //! - A queue is served by one worker; everything about it is that worker's alone. Nothing on the
@@ -16,6 +16,9 @@
 //! - A client can harm its own session only.
 
 mod bounce;
+mod crew;
+#[cfg(all(test, feature = "shuttle"))]
+mod crew_model;
 mod device;
 mod events;
 mod files;
@@ -39,7 +42,7 @@ use thiserror::Error;
 
 use crate::cowdisk::{Disk, DiskError};
 use crate::format::units::DiskId;
-use crate::sync::{Arc, JoinHandle, Mutex, spawn_named};
+use crate::sync::{Arc, JoinHandle, Mutex, Vital, spawn_named};
 
 use device::Device;
 pub use events::{Event, EventKind};
@@ -118,7 +121,7 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     workers: Arc<Vec<WorkerHandle>>,
-    helpers: Arc<Helpers>,
+    helpers: Helpers,
     reception: Arc<Reception>,
     acceptor: Option<JoinHandle<()>>,
     ports: Mutex<Ports>,
@@ -181,7 +184,6 @@ impl Server {
             .map(|shard| WorkerHandle::start(shard, options))
             .collect();
         let workers = Arc::new(handles?);
-        let helpers = Arc::new(Helpers::start()?);
         let reception = Arc::new(Reception::new()?);
         let (accepting, theirs) = (Arc::clone(&reception), Arc::clone(&workers));
         let assign: Assign = Arc::new(move |offset, queues| {
@@ -194,13 +196,14 @@ impl Server {
         });
         // Last: it ends when the server that is returned says so.
         let acceptor = spawn_named("vblk-accept", move || {
+            let _vital = Vital::new();
             accepting
                 .run(&assign)
                 .expect("poll of our own sockets cannot fail");
         })?;
         Ok(Self {
             workers,
-            helpers,
+            helpers: Helpers::default(),
             reception,
             acceptor: Some(acceptor),
             ports: Mutex::new(Ports::default()),
@@ -227,13 +230,9 @@ impl Server {
             return Err(ServeError::Duplicate(name));
         }
         let flusher = ports.flusher(&disk).map_err(ServeError::Thread)?;
-        let device = Arc::new(Device::new(
-            disk,
-            queues_max,
-            flusher,
-            Arc::clone(&self.helpers),
-            self.events.clone(),
-        ));
+        let helpers = self.helpers.of(&disk);
+        let events = self.events.clone();
+        let device = Arc::new(Device::new(disk, queues_max, flusher, helpers, events));
         let failed = |source| ServeError::Socket {
             path: socket.to_owned(),
             source,

@@ -9,7 +9,7 @@ const SIZE: u64 = 16 << 20;
 /// Sectors of a cluster.
 const CLUSTER: u64 = 128;
 /// Requests of each kind at once: many more than any pool has threads.
-const EACH: u16 = 80;
+pub const EACH: u16 = 80;
 
 /// Zeroes and writes of parts of blocks, in the same clusters at once. The zeroes waited on helper
 /// threads for copies that were queued behind them, and nothing went on, for any disk.
@@ -48,7 +48,7 @@ fn zeroes_and_writes_of_parts_of_blocks_all_end() {
 }
 
 /// In each of [`EACH`] clusters, zeroes sectors 1 to 6 and writes sector 64, all at once.
-fn flood(guest: &mut Guest) {
+pub fn flood(guest: &mut Guest) {
     let ranges = HEADERS + 0x2_0000;
     guest.ram.write(DATA, &[9; 512]);
     for n in 0..EACH {

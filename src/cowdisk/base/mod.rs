@@ -49,6 +49,8 @@ pub struct Base {
     len: u64,
     /// From the top down; at least one.
     layers: Vec<Layer>,
+    /// As that of the file, if it is one. Asked once: the file may hang by the time it is needed.
+    waits_without_thread: bool,
     /// By layer and cluster. The lock of an entry is held while its cluster is read and decoded: that
     /// is what others who want the same one wait for, and they would do no less.
     decoded: Mutex<Cache<(usize, u64), Decoded>>,
@@ -143,9 +145,11 @@ impl Base {
             ..reference_to(&reference.path, reference.format, &top.metadata)
         };
         check_same(reference, &opened)?;
+        let is_waiting_alone = |layer: &Layer| layer.file.file.waits_without_thread();
         let base = Arc::new(Base {
             reference: opened,
             len: layers.first().map_or(0, Layer::len),
+            waits_without_thread: layers.iter().all(is_waiting_alone),
             layers,
             decoded: Mutex::new(Cache::new(DECODED_LEN_MAX)),
         });
@@ -279,10 +283,12 @@ impl Base {
         }
     }
 
-    /// The descriptor a ring may read itself, within [`Base::len`], if the base is raw.
+    /// The descriptor a ring may read itself, within [`Base::len`]: if the base is raw, and storage
+    /// that hangs would not take the ring's threads with it.
     #[must_use]
-    pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.raw().and_then(|file| file.file.as_fd())
+    pub fn ring_fd(&self) -> Option<BorrowedFd<'_>> {
+        let raw = self.raw().filter(|_| self.waits_without_thread);
+        raw.and_then(|file| file.file.as_fd())
     }
 
     /// Where data may be, at or after `offset`: `(start, end)` in bytes.

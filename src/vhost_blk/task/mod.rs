@@ -21,7 +21,6 @@ use std::time::Instant;
 use crate::cowdisk::{
     CopyJob, DiskError, DiskErrorKind, Padding, Pass, Source, Step, Tier, WritePlan,
 };
-use crate::sys::buffer::AlignedBuf;
 use crate::sys::mmap::GuestPin;
 use crate::sys::uring::Completion;
 use crate::virtio::blk::{Op, Request, Status};
@@ -30,7 +29,7 @@ use crate::vhost_blk::events::EventKind;
 use crate::vhost_blk::helpers::{Work, WorkFailed};
 
 pub(super) use moving::{Mover, task_of};
-use moving::{Piece, part_of};
+use moving::{Piece, is_of_base, part_of};
 
 /// What a task is waiting for while something is pending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -84,6 +83,8 @@ pub(super) struct Task {
     pass: Option<Pass>,
     plan: WritePlan,
     pending: u32,
+    /// Of those, the ones that read a base.
+    of_bases: u32,
     failure: Option<DiskErrorKind>,
     /// Bytes of an IN or OUT that are done.
     done: u32,
@@ -166,16 +167,14 @@ impl Task {
     /// Whether pieces of the request may need buffers of ours.
     fn may_bounce(&self, mover: &Mover<'_>) -> bool {
         let lane = mover.lane;
-        let is_read_elsewhere = lane.base.is_none() && lane.device.disk.base().is_some();
-        is_read_elsewhere
-            || match lane.tier {
-                // Pieces are cut between blocks.
-                Tier::Direct { align } => {
-                    lane.device.disk.block_size() < align
-                        || !self.pin().is_aligned(&self.request.data, align)
-                }
-                Tier::Buffered | Tier::Memory => false,
+        match lane.tier {
+            // Pieces are cut between blocks.
+            Tier::Direct { align } => {
+                lane.device.disk.block_size() < align
+                    || !self.pin().is_aligned(&self.request.data, align)
             }
+            Tier::Buffered | Tier::Memory => false,
+        }
     }
 
     fn is_starved(&self, mover: &Mover<'_>) -> bool {
@@ -220,7 +219,16 @@ impl Task {
             }
         }
         mover.context.segments.replace(segments);
+        self.leave_to_bases();
         self.settle_if_done(mover)
+    }
+
+    /// Gives the pass back once nothing but reads of bases is pending: these refer to no cluster, so
+    /// neither a fork nor the clusters of the pool have to wait for a base that may hang.
+    fn leave_to_bases(&mut self) {
+        if self.stage == Stage::Reading && self.pending == self.of_bases {
+            self.pass = None;
+        }
     }
 
     fn write(&mut self, mover: &mut Mover<'_>) -> Next {
@@ -265,11 +273,14 @@ impl Task {
 
     /// What the copy is for is planned again after it, with the pass that is held now.
     fn copy(&mut self, mover: &mut Mover<'_>, job: CopyJob) -> Next {
+        if let Some(pass) = &mut self.pass {
+            pass.pause();
+        }
         self.stage = Stage::Copying;
         self.pending += 1;
         let device = &mover.lane.device;
         let work = Work::Copy(device.disk.clone(), job);
-        device.helpers.submit(work, mover.ticket(0));
+        device.submit(work, mover.ticket());
         Next::Wait
     }
 
@@ -294,7 +305,7 @@ impl Task {
         self.stage = Stage::Flushing;
         self.pending += 1;
         let device = &mover.lane.device;
-        device.flusher.submit(device.disk.clone(), mover.ticket(0));
+        device.flusher.submit(device.disk.clone(), mover.ticket());
         Next::Wait
     }
 
@@ -303,22 +314,14 @@ impl Task {
         let is_ok = completion.result.is_ok();
         self.note(mover, completion.result);
         self.unbounce(mover, part_of(completion.token), completion.buffer, is_ok);
+        self.of_bases -= u32::from(is_of_base(completion.token));
         self.pending -= 1;
+        self.leave_to_bases();
         self.settle_if_done(mover)
     }
 
     /// Work on another thread ended.
-    pub(super) fn worked(
-        &mut self,
-        mover: &mut Mover<'_>,
-        part: u32,
-        result: Result<(), WorkFailed>,
-        buffer: Option<AlignedBuf>,
-    ) -> Next {
-        let part = usize::try_from(part)
-            .ok()
-            .and_then(|part| part.checked_sub(1));
-        self.unbounce(mover, part, buffer, result.is_ok());
+    pub(super) fn worked(&mut self, mover: &mut Mover<'_>, result: Result<(), WorkFailed>) -> Next {
         if let Err(WorkFailed { kind, reason }) = result {
             if kind != DiskErrorKind::NoSpace {
                 let device = &mover.lane.device;
@@ -326,6 +329,7 @@ impl Task {
             }
             self.failure = Some(kind);
         }
+        self.of_bases -= u32::from(self.stage == Stage::Reading);
         self.pending -= 1;
         self.settle_if_done(mover)
     }
@@ -362,7 +366,12 @@ impl Task {
             }
             // The pass stays: what the copy was for comes next.
             Stage::Copying => match failure {
-                None => self.begin(mover),
+                None => {
+                    if let Some(pass) = &mut self.pass {
+                        pass.resume();
+                    }
+                    self.begin(mover)
+                }
                 Some(kind) => {
                     self.pass = None;
                     failed(kind)

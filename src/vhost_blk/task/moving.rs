@@ -6,6 +6,7 @@ use crate::sys::buffer::AlignedBuf;
 use crate::sys::mmap::{GuestRun, cut_runs};
 use crate::sys::uring::{FileIndex, Ring};
 use crate::vhost_blk::bounce::{Bounce, LARGE};
+use crate::vhost_blk::crew::SCRATCH_LEN;
 use crate::vhost_blk::events::EventKind;
 use crate::vhost_blk::helpers::{Ticket, Work};
 use crate::vhost_blk::lane::Lane;
@@ -41,9 +42,17 @@ pub(super) struct Piece {
     pub(super) padding: Padding,
 }
 
+/// In the token of an operation that reads a base.
+const OF_BASE: u64 = 1 << 61;
+
 /// Tokens of ring operations: the task below, one more than the part above (0: no buffer).
 fn token(task: u32, part: u32) -> u64 {
     u64::from(part) << 32 | u64::from(task)
+}
+
+/// Whether the token is that of an operation that reads a base.
+pub(super) fn is_of_base(token: u64) -> bool {
+    token & OF_BASE != 0
 }
 
 /// The task that a token names.
@@ -52,7 +61,9 @@ pub(in crate::vhost_blk) fn task_of(token: u64) -> u32 {
 }
 
 pub(super) fn part_of(token: u64) -> Option<usize> {
-    usize::try_from(token >> 32).ok()?.checked_sub(1)
+    usize::try_from((token & !OF_BASE) >> 32)
+        .ok()?
+        .checked_sub(1)
 }
 
 fn to_usize(len: u32) -> usize {
@@ -60,11 +71,10 @@ fn to_usize(len: u32) -> usize {
 }
 
 impl Mover<'_> {
-    pub(super) fn ticket(&self, part: u32) -> Ticket {
+    pub(super) fn ticket(&self) -> Ticket {
         Ticket {
             worker: self.context.mailbox.clone(),
             task: self.task,
-            part,
         }
     }
 }
@@ -174,9 +184,10 @@ impl Task {
             piece.offset,
             memory,
             mover.runs,
-            token(mover.task, 0),
+            token(mover.task, 0) | OF_BASE,
         );
         self.pending += 1;
+        self.of_bases += 1;
     }
 
     pub(super) fn read_base_elsewhere(&mut self, mover: &mut Mover<'_>, piece: Piece) {
@@ -184,18 +195,22 @@ impl Task {
             self.failure = Some(DiskErrorKind::Io);
             return;
         };
+        let most = u32::try_from(SCRATCH_LEN).expect("128 KiB");
         let mut done = 0;
         while done < piece.len {
-            let len = (piece.len - done).min(LARGE);
-            let part = self.add_part(piece.at + done, len);
+            let len = (piece.len - done).min(most);
+            let mut runs = Vec::new();
+            cut_runs(&self.request.data, piece.at + done, len, &mut runs);
             let work = Work::Base {
                 base: base.clone(),
                 offset: piece.offset + u64::from(done),
                 len: to_usize(len),
-                buffer: mover.bounce.take(len),
+                memory: self.pin().shared(),
+                runs,
             };
-            mover.lane.device.helpers.submit(work, mover.ticket(part));
+            mover.lane.device.submit(work, mover.ticket());
             self.pending += 1;
+            self.of_bases += 1;
             done += len;
         }
     }

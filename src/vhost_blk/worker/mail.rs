@@ -62,13 +62,8 @@ impl Worker {
                 }
                 let _client_left = reply.send(());
             }
-            Message::Done(Done {
-                task,
-                part,
-                result,
-                buffer,
-            }) => {
-                self.step(task, |task, mover| task.worked(mover, part, result, buffer));
+            Message::Done(Done { task, result }) => {
+                self.step(task, |task, mover| task.worked(mover, result));
             }
             Message::Quit => self.is_quitting = true,
         }
