@@ -160,8 +160,8 @@ fn slot(epoch: u64) -> usize {
     usize::from(epoch & 1 == 1)
 }
 
-// loom has no way to ask whether a thread is over.
-#[cfg(all(test, not(feature = "loom")))]
+// The checkers have no way to ask whether a thread is over.
+#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
 mod tests {
     use super::*;
     use crate::sync::spawn_named;
