@@ -186,6 +186,53 @@ fn a_flush_waits_for_nothing_that_comes_after_it() {
     assert_eq!(read(&d, 0, SUB), bytes(1, SUB));
 }
 
+/// Between two batches of a round a leaf that is to go into the second is discarded as a whole and
+/// written again.
+#[test]
+fn what_changes_during_a_round_undoes_nothing_of_it_and_is_not_undone() {
+    const LEAF: u64 = 64;
+    let storage = Shown::new(256 << 20);
+    let pool = storage.open();
+    let d = disk(&pool, "d", 1 << 30);
+    let write = |cluster: u64, value: u8| {
+        let at = cluster * CLUSTER;
+        d.write_at(&bytes(value, SUB), at).expect("writes");
+    };
+    (0..3).for_each(|cluster| write(cluster, 1));
+    d.flush().expect("flushes");
+    // Discarded before the round begins; the leaf is the first of many, which are taken from the end.
+    d.discard(0, CLUSTER).expect("discards");
+    (LEAF..LEAF + 10_000).for_each(|cluster| write(cluster, 2));
+    let is_first = AtomicBool::new(true);
+    let before = storage.batches.load(Ordering::SeqCst);
+    storage.set_hook({
+        let d = d.clone();
+        move || {
+            if is_first.swap(false, Ordering::SeqCst) {
+                d.discard(0, LEAF * CLUSTER).expect("discards");
+                let written = d.write_at(&bytes(3, SUB), 5 * CLUSTER);
+                written.expect("writes");
+            }
+        }
+    });
+    d.flush().expect("flushes");
+    let batches = storage.batches.load(Ordering::SeqCst) - before;
+    assert_eq!(batches, 2, "the leaf was in the second");
+    let seen = |later: &Arc<Pool>, cluster: u64| {
+        let d = Disk::open(later, "d").expect("there");
+        read(&d, cluster * CLUSTER, 512)[0]
+    };
+    let later = opened(&Arc::new(storage.inner.crash_all_lost()));
+    assert_eq!(seen(&later, 0), 0, "it was discarded before the round");
+    assert_eq!(seen(&later, LEAF), 2, "it was written before the round");
+    pool.flush().expect("flushes");
+    let last = opened(&Arc::new(storage.inner.crash_all_lost()));
+    for pool in [&pool, &last] {
+        let all: Vec<u8> = (0..6).map(|cluster| seen(pool, cluster)).collect();
+        assert_eq!(all, [0, 0, 0, 0, 0, 3]);
+    }
+}
+
 /// Holds up whoever comes until it is opened.
 #[derive(Default)]
 struct Barrier {
