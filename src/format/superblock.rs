@@ -27,6 +27,8 @@ pub const JOURNAL_HALF_MAX: u64 = 64 << 20;
 
 /// Largest sequence number or generation taken for real.
 pub const COUNTER_MAX: u64 = 1 << 62;
+/// Most times a pool can be opened for writing: the largest [`Superblock::open_epoch`].
+pub const OPEN_EPOCH_MAX: u32 = 1 << 31;
 const MAGIC: [u8; 8] = *b"TIDEPOOL";
 const SALT: [u8; 4] = *b"TPSB";
 const WHAT: &str = "superblock";
@@ -322,7 +324,7 @@ impl Superblock {
             ("start_seq", self.start.seq),
             ("image_seq", self.image.map_or(0, |image| image.seq)),
             ("known_seq", self.known.map_or(0, |known| known.seq)),
-            ("open_epoch", u64::from(self.open_epoch) << 31),
+            ("open_epoch", u64::from(self.open_epoch) << 31), // as OPEN_EPOCH_MAX << 31 is COUNTER_MAX
         ];
         let heads = self
             .image

@@ -9,8 +9,8 @@ use super::quota::Quota;
 use super::space::Space;
 use super::{Ended, Pool};
 use crate::format::superblock::{
-    JOURNAL_AT, JOURNAL_HALF_MAX, JOURNAL_HALF_MIN, JournalStart, OWNER_NOTE_AT, SUPERBLOCK_AT,
-    SUPERBLOCK_LEN, Superblock,
+    JOURNAL_AT, JOURNAL_HALF_MAX, JOURNAL_HALF_MIN, JournalStart, OPEN_EPOCH_MAX, OWNER_NOTE_AT,
+    SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock,
 };
 use crate::format::units::{BLOCK, ClusterSize, bytes_of, len_of};
 use crate::storage::{AlignedBuf, Storage};
@@ -169,6 +169,14 @@ pub fn parse_owner_note(block: &[u8]) -> String {
     text.chars().filter(|c| !c.is_control()).collect()
 }
 
+/// The number of the opening that follows.
+fn next_epoch(superblock: &Superblock) -> Result<u32, PoolError> {
+    let next = superblock.open_epoch.checked_add(1);
+    next.filter(|next| *next <= OPEN_EPOCH_MAX).ok_or_else(|| {
+        PoolError::invalid("this pool has been opened 2^31 times; copy its disks to a new one")
+    })
+}
+
 impl Pool {
     /// Opens a pool: image, replay, counts. Exclusive use of `storage` is the caller's to ensure
     /// ([`crate::storage::FileStorage`] locks its file).
@@ -180,6 +188,7 @@ impl Pool {
         let (superblock, _) = read_superblock(&*storage)?;
         if !options.is_read_only {
             superblock.check_writable()?;
+            next_epoch(&superblock)?;
         }
         check_len(&*storage, &superblock)?;
         let mut loaded = load(&*storage, superblock)?;
@@ -215,7 +224,8 @@ impl Pool {
             image_clusters,
             ..
         } = loaded;
-        journal.set_open_epoch(superblock.open_epoch + 1);
+        // Of no use where nothing is written; else `begin_epoch` refuses what has no next one.
+        journal.set_open_epoch(superblock.open_epoch.saturating_add(1));
         let pool = Pool {
             storage,
             cluster_size: superblock.cluster_size,
@@ -250,12 +260,16 @@ impl Pool {
     /// R11: what was just read may be in a cache only, if whoever wrote it was killed. From
     /// here on it counts as durable: batches follow the last one replayed, clusters it freed are
     /// used again, and a flush acknowledges what was written before.
+    ///
+    /// # Errors
+    /// It has been opened 2^32 times, or the store failed. The former changes nothing.
     pub(super) fn begin_epoch(&self, owner: &str) -> Result<(), PoolError> {
+        let open_epoch = next_epoch(&self.superblock.lock())?;
         let flushed = self.storage.flush();
         flushed.map_err(|e| self.poison("flushing what was written before", e))?;
         self.write_owner_note(owner)?;
         let mut superblock = self.superblock();
-        superblock.open_epoch += 1;
+        superblock.open_epoch = open_epoch;
         superblock.is_clean = false;
         superblock.known = self.lead_for(|journal| Ok(journal.last_batch()))?;
         self.write_superblock(superblock)

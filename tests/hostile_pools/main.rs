@@ -26,7 +26,7 @@ use std::time::Duration;
 use tidepool::cowdisk::Disk;
 use tidepool::format::catalogue::Row;
 use tidepool::format::journal::Record;
-use tidepool::format::superblock::SUPERBLOCK_AT;
+use tidepool::format::superblock::{OPEN_EPOCH_MAX, SUPERBLOCK_AT};
 use tidepool::format::units::Lcn;
 use tidepool::pool::check;
 use tidepool::storage::{SimStorage, Storage};
@@ -195,6 +195,19 @@ fn superblocks_of_newer_releases_and_impossible_ones() {
     let compatible = copy(&storage);
     patch_superblock(&compatible, 32, &u64::MAX.to_le_bytes());
     examine(&compatible, "compat").expect("nobody needs to know these");
+}
+
+#[test]
+fn a_pool_that_was_opened_as_often_as_can_be_is_read_and_not_written() {
+    let storage = sample();
+    patch_superblock(&storage, 64, &OPEN_EPOCH_MAX.to_le_bytes());
+    let pool = open_read_only(&storage).expect("nothing is written");
+    assert!(!pool.items().is_empty());
+    drop(pool);
+    let before = storage.counters().changes();
+    let refused = common::try_open(&storage).expect_err("there is no next opening");
+    assert!(refused.to_string().contains("2^31"), "{refused}");
+    assert_eq!(storage.counters().changes(), before, "nothing is changed");
 }
 
 #[test]
