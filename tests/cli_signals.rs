@@ -7,14 +7,17 @@ mod cli;
 
 use cli::{Shell, send};
 use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::json;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, ExitStatus, Stdio};
 use std::time::Duration;
+use tidepool::sys::{file, lock};
 
 /// A vhost-user request for the features.
 fn get_features() -> Vec<u8> {
@@ -69,6 +72,65 @@ fn a_server_ends_with_its_terminal_unless_it_was_told_not_to() {
     let mut server = shell.serve_after("trap '' INT", &["p", "--sockets", "run"]);
     send(server.pid(), Signal::SIGINT);
     assert_eq!(server.wait().code(), Some(0));
+}
+
+/// Has the lock of pool `p`, and no process has it: its descriptor is on its way between two sockets,
+/// and so the kernel's alone, as the files of a ring are whose process was killed.
+fn orphan(shell: &Shell) -> (UnixStream, UnixStream) {
+    let file = file::open(&shell.path("p"), file::Mode::ReadWrite).expect("opens");
+    while !lock::try_lock(&file, true).expect("no failure") {
+        std::thread::yield_now();
+    }
+    let pair = UnixStream::pair().expect("sockets");
+    let fds = [file.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let bytes = [IoSlice::new(b"x")];
+    let sent = sendmsg::<()>(pair.0.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None);
+    assert_eq!(sent, Ok(1));
+    pair
+}
+
+/// Reads what a command says to people until it says that it waits.
+fn wait_until_it_waits(child: &mut Child) -> ChildStderr {
+    let mut stderr = child.stderr.take().expect("piped");
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while !said.ends_with(b"at most\n") {
+        let more = stderr.read(&mut byte).expect("reads");
+        assert_eq!(more, 1, "ended: {}", String::from_utf8_lossy(&said));
+        said.push(byte[0]);
+    }
+    let said = String::from_utf8(said).expect("UTF-8");
+    assert!(said.contains("p: nobody alive has it"), "{said}");
+    stderr
+}
+
+#[test]
+fn what_a_killed_server_left_locked_is_waited_for_and_a_signal_ends_that() {
+    let shell = one_disk();
+    let mut server = shell.serve(&["p", "--sockets", "run"]);
+    send(server.pid(), Signal::SIGKILL);
+    server.wait();
+    let left = orphan(&shell);
+    // Who is told to end while it waits ends, in whatever way it would end later.
+    let image = shell.image("image.raw", 1 << 20, 1);
+    for args in [
+        &["serve", "p", "--sockets", "run"][..],
+        &["disk", "import", &image, "p:b"],
+        &["disk", "rm", "p:a"],
+    ] {
+        let mut child = shell.start(args);
+        let _stderr = wait_until_it_waits(&mut child);
+        let told = tidepool::sys::clock::now();
+        send(child.id(), Signal::SIGTERM);
+        let status = child.wait().expect("ends");
+        assert_eq!(status.signal(), Some(libc::SIGTERM), "{args:?}");
+        let took = told.elapsed();
+        assert!(took < Duration::from_secs(10), "{args:?}: {took:?}");
+    }
+    let mut child = shell.start(&["disk", "rm", "p:a"]);
+    let _stderr = wait_until_it_waits(&mut child);
+    drop(left);
+    assert_eq!(child.wait().expect("ends").code(), Some(0));
 }
 
 /// Reads nothing of what the server prints, tells it to end once it has begun to serve, and waits.

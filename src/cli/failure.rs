@@ -183,6 +183,7 @@ fn io_kind(kind: io::ErrorKind) -> &'static str {
         (io::ErrorKind::AlreadyExists, "exists"),
         (io::ErrorKind::StorageFull, "no_space"),
         (io::ErrorKind::QuotaExceeded, "no_space"),
+        (io::ErrorKind::Interrupted, "interrupted"),
     ];
     let known = kinds.iter().find(|(known, _)| *known == kind);
     known.map_or("io", |(_, word)| word)

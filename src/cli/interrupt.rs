@@ -4,49 +4,53 @@
 
 use super::failure::Failure;
 use crate::cowdisk::Interrupted;
-use crate::sync::atomic::{AtomicI32, Ordering};
-use crate::sync::{Arc, spawn_named};
+use crate::sync::global::atomic::{AtomicI32, Ordering};
+use crate::sync::spawn_named;
 use crate::sys::signal::Endings;
 use nix::sys::signal::Signal;
 
-/// See the module.
-pub(super) struct Interrupt {
-    /// The signal that came, or 0.
-    signal: Arc<AtomicI32>,
+/// The signal that came, or 0: one process is one command.
+static CAUGHT: AtomicI32 = AtomicI32::new(0);
+
+/// Whether a signal came that [`Interrupt::catch`] was to catch.
+pub(super) fn is_caught() -> bool {
+    CAUGHT.load(Ordering::Relaxed) != 0
 }
+
+/// See the module.
+pub(super) struct Interrupt(());
 
 impl Interrupt {
     /// From now on the first signal only shows in [`Interrupt::check`]. To be called before any
     /// thread is made. Where that is not possible signals keep their usual effect.
     pub(super) fn catch() -> Self {
-        let signal = Arc::new(AtomicI32::new(0));
         if let Ok(endings) = Endings::hold() {
-            let caught = Arc::clone(&signal);
             let watch = spawn_named("signals", move || {
                 if let Ok(signal) = endings.wait() {
-                    caught.store(signal as i32, Ordering::SeqCst);
+                    CAUGHT.store(signal as i32, Ordering::SeqCst);
                 }
             });
             if watch.is_err() {
                 let _kept = endings.release();
             }
         }
-        Self { signal }
+        Self(())
     }
 
     /// # Errors
     /// A signal came.
     pub(super) fn check(&self) -> Result<(), Interrupted> {
-        match self.signal.load(Ordering::Relaxed) {
-            0 => Ok(()),
-            _ => Err(Interrupted),
+        if is_caught() {
+            Err(Interrupted)
+        } else {
+            Ok(())
         }
     }
 
     /// `failure`, if it is an interruption with the signal that was to end us.
     pub(super) fn explain(&self, mut failure: Failure) -> Failure {
         if failure.kind == "interrupted" {
-            failure.signal = Signal::try_from(self.signal.load(Ordering::Relaxed)).ok();
+            failure.signal = Signal::try_from(CAUGHT.load(Ordering::Relaxed)).ok();
         }
         failure
     }

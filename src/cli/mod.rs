@@ -95,6 +95,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return refuse(&error, wants_json(&args)),
     };
     let output = Output { format: cli.output };
+    output::set_format(cli.output);
     // Before any thread is made. If it fails, a limit that is met ends the process: as without it.
     drop(signal::survive_size_limit());
     match execute(cli.command, output) {

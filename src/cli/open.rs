@@ -1,15 +1,18 @@
 //! Opening pools for a command, and saying who is in the way if that fails.
 
 use super::failure::Failure;
+use super::{interrupt, output};
 use crate::format::FormatError;
 use crate::format::superblock::{OWNER_NOTE_AT, SUPERBLOCK_LEN, Superblock};
 use crate::pool::open::parse_owner_note;
 use crate::pool::{OpenOptions, Pool, Return};
-use crate::storage::{Access, FileStorage, OpenError, Storage};
+use crate::storage::{Access, FileStorage, OpenError, Patience, Storage};
 use crate::sync::Arc;
 use crate::sys::file;
+use crate::sys::process::{Life, Process};
 use std::io::{self, IoSliceMut};
 use std::path::Path;
+use std::time::Duration;
 
 /// Runs `work` on the pool, opened for reading only: others may read it at the same time.
 ///
@@ -60,13 +63,22 @@ pub(super) fn open_for(path: &Path, doing: &str, returning: Return) -> Result<Ar
     let options = OpenOptions {
         is_read_only: false,
         returning,
-        owner: format!("pid {}, {doing}", std::process::id()),
+        owner: match Process::this() {
+            Ok(process) => format!("{process}, {doing}"),
+            Err(_unknown) => format!("pid {}, {doing}", std::process::id()),
+        },
     };
     open(path, Access::ReadWrite, &options)
 }
 
 fn open(path: &Path, access: Access, options: &OpenOptions) -> Result<Arc<Pool>, Failure> {
-    let storage = FileStorage::open(path, access).map_err(|e| refusal(path, &e))?;
+    let patience = Patience {
+        owner: &|| Process::parse(&owner_note(path)).map(|(process, _)| process),
+        tell: &|most| tell_of_waiting(path, most),
+        is_over: &interrupt::is_caught,
+    };
+    let storage = FileStorage::open_patiently(path, access, &patience);
+    let storage = storage.map_err(|e| refusal(path, &e))?;
     let storage: Arc<dyn Storage> = Arc::new(storage);
     Pool::open(storage, options).map_err(|e| Failure::pool(path.display(), &e))
 }
@@ -74,32 +86,59 @@ fn open(path: &Path, access: Access, options: &OpenOptions) -> Result<Arc<Pool>,
 /// Why a pool's file cannot be opened.
 #[must_use]
 pub(super) fn refusal(path: &Path, error: &OpenError) -> Failure {
-    let shown = path.display();
     match error {
-        OpenError::Locked { pid, .. } => {
-            let note = owner_note(path);
-            let (holder, note) = match pid {
-                // A note of another process was left by one that was killed.
-                Some(pid) => {
-                    let rest = note.strip_prefix(&format!("pid {pid}, "));
-                    (format!("process {pid}"), rest.unwrap_or_default())
-                }
-                None => ("another process".to_owned(), note.as_str()),
-            };
-            let what = match note {
-                "" => format!("in use by {holder}"),
-                note => format!("in use by {holder} ({note})"),
-            };
-            let hint = match pid {
-                Some(pid) => format!("stop it with `kill {pid}` or Ctrl-C there, and try again"),
-                None => "stop what has it open, and try again".to_owned(),
-            };
-            Failure::new("locked", shown, what).hint(hint)
-        }
+        OpenError::Locked { pid, .. } => locked(path, *pid),
         OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => missing(path),
         OpenError::NotAStore { .. } => Failure::new("not_a_pool", "", error)
             .hint("`tidepool pool ls DIR` finds the pools in a directory"),
         OpenError::Length { .. } | OpenError::Io { .. } => Failure::file(error),
+    }
+}
+
+fn tell_of_waiting(path: &Path, most: Duration) {
+    let (path, most) = (path.display(), most.as_secs());
+    output::remark(&format!(
+        "{path}: nobody alive has it, and the kernel has not yet closed it; waiting for that, {most} \
+         seconds at most"
+    ));
+}
+
+/// The pool at `path` is in use by `pid`, if that is known.
+fn locked(path: &Path, pid: Option<u32>) -> Failure {
+    let note = owner_note(path);
+    let owner = Process::parse(&note);
+    // A note of another process was left by one that was killed.
+    let is_about = |process: &Process| match pid {
+        Some(pid) => process.pid == pid,
+        None => process.life() != Life::Over,
+    };
+    let doing = match (owner, pid) {
+        (Some((process, doing)), _) if is_about(&process) => doing,
+        (Some(_), _) => "",
+        (None, Some(pid)) => {
+            let rest = note.strip_prefix(&format!("pid {pid}, "));
+            rest.unwrap_or_default()
+        }
+        (None, None) => note.as_str(),
+    };
+    let doing = match doing {
+        "" => String::new(),
+        doing => format!(" ({doing})"),
+    };
+    let failure = |what: String| Failure::new("locked", path.display(), what);
+    match (pid, owner) {
+        (Some(pid), _) => failure(format!("in use by process {pid}{doing}")).hint(format!(
+            "stop it with `kill {pid}` or Ctrl-C there, and try again"
+        )),
+        (None, Some((owner, _))) if owner.life() == Life::Over => {
+            let pid = owner.pid;
+            failure(format!(
+                "process {pid} had it and has ended, and the kernel has not closed it yet"
+            ))
+            .hint("its last requests are under way: see that its storage answers, and try again")
+        }
+        (None, _) => failure(format!("in use by another process{doing}"))
+            .hint("stop what has it open, and try again"),
     }
 }
 
@@ -142,9 +181,19 @@ pub(super) fn check_directory(path: &Path) -> Result<(), Failure> {
     }
 }
 
+/// Who has the pool open, for people, as far as the note says; empty if it does not.
+#[must_use]
+pub(super) fn owner_text(path: &Path) -> String {
+    let note = owner_note(path);
+    match Process::parse(&note) {
+        Some((process, doing)) => format!("pid {}, {doing}", process.pid),
+        None => note,
+    }
+}
+
 /// The note of who has the pool open; empty if there is none or it cannot be read.
 #[must_use]
-pub(super) fn owner_note(path: &Path) -> String {
+fn owner_note(path: &Path) -> String {
     peek(path, OWNER_NOTE_AT, 4096).map_or_else(|_| String::new(), |block| parse_owner_note(&block))
 }
 

@@ -2,6 +2,7 @@
 //! to standard error. A reader that goes away (`| head`) is not an error.
 
 use super::failure::Failure;
+use crate::sync::global::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 use std::io::{self, Write};
 
@@ -97,6 +98,21 @@ pub(super) fn print(text: &str) -> io::Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
+    }
+}
+
+/// Programs read what is printed: nothing but results and errors.
+static IS_FOR_PROGRAMS: AtomicBool = AtomicBool::new(false);
+
+/// Says for whom the command prints, for [`remark`].
+pub(super) fn set_format(format: Format) {
+    IS_FOR_PROGRAMS.store(format == Format::Json, Ordering::Relaxed);
+}
+
+/// Says to people what the command is at, a line on standard error.
+pub(super) fn remark(text: &str) {
+    if !IS_FOR_PROGRAMS.load(Ordering::Relaxed) {
+        note(&format!("tidepool: {text}\n"));
     }
 }
 

@@ -6,7 +6,9 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use super::open::{Access, Caching, Locking, OpenError, at, choose_tier, claim, lock, not_a_store};
+use super::open::{
+    Access, Caching, Locking, OpenError, Patience, at, choose_tier, claim, lock, not_a_store,
+};
 use super::{AlignedBuf, BLOCK, Storage, Tier};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -87,11 +89,17 @@ impl FileStorage {
         }
         let io = |doing| at(path, doing);
         let file = sys::open(path, sys::Mode::CreateNew).map_err(io("create"))?;
-        let made = lock(&file, path, Access::ReadWrite, Locking::Whole)
-            .and_then(|()| file.set_len(len).map_err(io("set the length")))
-            .and_then(|()| file.sync_all().map_err(io("sync")))
-            .and_then(|()| sys::sync_parent(path).map_err(io("sync the directory of")))
-            .and_then(|()| Self::from_locked(file, path, Access::ReadWrite, caching));
+        let made = lock(
+            &file,
+            path,
+            Access::ReadWrite,
+            Locking::Whole,
+            &Patience::SILENT,
+        )
+        .and_then(|()| file.set_len(len).map_err(io("set the length")))
+        .and_then(|()| file.sync_all().map_err(io("sync")))
+        .and_then(|()| sys::sync_parent(path).map_err(io("sync the directory of")))
+        .and_then(|()| Self::from_locked(file, path, Access::ReadWrite, caching));
         if made.is_err() {
             // What we made is of no use to anyone; the first error says more than a second would.
             drop(std::fs::remove_file(path));
@@ -116,7 +124,20 @@ impl FileStorage {
         access: Access,
         caching: Caching,
     ) -> Result<Self, OpenError> {
-        Self::open_as(path.as_ref(), access, caching, Locking::Whole)
+        let silent = &Patience::SILENT;
+        Self::open_as(path.as_ref(), access, caching, Locking::Whole, silent)
+    }
+
+    /// As [`FileStorage::open`], for a caller that knows more of who may be in the way.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open`]; [`OpenError::Io`] of kind `Interrupted` if it waits no longer.
+    pub(crate) fn open_patiently(
+        path: &Path,
+        access: Access,
+        patience: &Patience<'_>,
+    ) -> Result<Self, OpenError> {
+        Self::open_as(path, access, Caching::Auto, Locking::Whole, patience)
     }
 
     /// Opens a disk image that other programs may know, through the page cache. Readers share it
@@ -125,7 +146,14 @@ impl FileStorage {
     /// # Errors
     /// As [`FileStorage::open`].
     pub fn open_image(path: impl AsRef<Path>, access: Access) -> Result<Self, OpenError> {
-        Self::open_as(path.as_ref(), access, Caching::Buffered, Locking::Image)
+        let silent = &Patience::SILENT;
+        Self::open_as(
+            path.as_ref(),
+            access,
+            Caching::Buffered,
+            Locking::Image,
+            silent,
+        )
     }
 
     /// # Errors
@@ -135,6 +163,7 @@ impl FileStorage {
         access: Access,
         caching: Caching,
         locking: Locking,
+        patience: &Patience<'_>,
     ) -> Result<Self, OpenError> {
         // Looked at before opening: opening a pipe would wait for its other end.
         if sys::kind_of(path).map_err(at(path, "open"))? == sys::Kind::Other {
@@ -144,8 +173,8 @@ impl FileStorage {
             Access::ReadOnly => sys::Mode::Read,
             Access::ReadWrite => sys::Mode::ReadWrite,
         };
-        let file = claim(path, mode)?;
-        lock(&file, path, access, locking)?;
+        let file = claim(path, mode, patience)?;
+        lock(&file, path, access, locking, patience)?;
         Self::from_locked(file, path, access, caching)
     }
 

@@ -21,6 +21,7 @@ use std::os::fd::BorrowedFd;
 pub use crate::sys::clock::unix_seconds;
 pub use aligned::AlignedBuf;
 pub use file::FileStorage;
+pub(crate) use open::Patience;
 pub use open::{Access, Caching, OpenError};
 pub use sim::SimStorage;
 

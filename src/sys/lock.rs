@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
+use super::process;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -121,29 +122,67 @@ fn is_locked(file: &File, byte: u64) -> io::Result<bool> {
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
-/// The process that holds a lock on the same file as `file`, on `byte` if one is given, as far as
-/// /proc shows it to us: locks of this kind belong to no process, but the descriptors that carry
-/// them do (proc_pid_fdinfo(5)).
+/// Who holds a lock, as far as /proc shows it to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// This process, which is alive.
+    Process(u32),
+    /// Nobody alive: the kernel has not yet closed what some process had open (io_uring does it when
+    /// the process is gone).
+    Kernel,
+    /// Nobody whom we may look at.
+    Unseen,
+}
+
+/// Who holds a lock on the same file as `file`, on `byte` if one is given: locks of this kind belong
+/// to no process, but the descriptors that carry them do (proc_pid_fdinfo(5)). This looks at every
+/// descriptor of every process once, and is not for loops.
 #[must_use]
-pub fn lock_holder(file: &File, byte: Option<u64>) -> Option<u32> {
-    let stat = file.metadata().ok()?;
+pub fn find_holder(file: &File, byte: Option<u64>) -> Holder {
+    let Ok(stat) = file.metadata() else {
+        return Holder::Unseen;
+    };
     let (major, minor) = (libc::major(stat.dev()), libc::minor(stat.dev()));
     let inode = format!("{major:02x}:{minor:02x}:{}", stat.ino());
-    let pids = fs::read_dir("/proc").ok()?.flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let Ok(pids) = fs::read_dir("/proc") else {
+        return Holder::Unseen;
+    };
+    let pids = pids
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut sees_all = process::sees_all();
     for pid in pids {
-        let Ok(infos) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
-            continue; // gone, or not ours to look at
-        };
-        for info in infos.flatten() {
-            let text = fs::read_to_string(info.path()).unwrap_or_default();
-            let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
-            if locks.any(|line| covers(line, &inode, byte)) {
-                return Some(pid);
-            }
+        match has_lock(pid, &inode, byte) {
+            Ok(true) if !process::is_ending(pid) => return Holder::Process(pid),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => sees_all = false,
+            Err(_gone) => {}
         }
     }
-    None
+    if sees_all {
+        Holder::Kernel
+    } else {
+        Holder::Unseen
+    }
+}
+
+/// Whether `pid` has a descriptor that carries the lock.
+fn has_lock(pid: u32, inode: &str, byte: Option<u64>) -> io::Result<bool> {
+    for fd in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let fd = fd?;
+        // Most descriptors of a server are sockets and the like, and their links say so.
+        let is_file = fs::read_link(fd.path()).is_ok_and(|link| link.is_absolute());
+        if !is_file {
+            continue;
+        }
+        let info = format!("/proc/{pid}/fdinfo/{}", fd.file_name().display());
+        let text = fs::read_to_string(info).unwrap_or_default();
+        let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
+        if locks.any(|line| covers(line, inode, byte)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Whether a line of fdinfo is about a lock on `byte`, or any, of the file `inode`. It looks like
@@ -219,11 +258,9 @@ mod tests {
         assert_eq!(take(&second, ImageUse::Read), None);
         let third = opened(image.path());
         assert_eq!(take(&third, ImageUse::Write), Some(UNSHARED_AT + WRITE));
-        assert_eq!(
-            lock_holder(&third, Some(UNSHARED_AT + WRITE)),
-            Some(std::process::id())
-        );
-        assert_eq!(lock_holder(&third, Some(USED_AT + WRITE)), None);
+        let this = Holder::Process(std::process::id());
+        assert_eq!(find_holder(&third, Some(UNSHARED_AT + WRITE)), this);
+        assert_ne!(find_holder(&third, Some(USED_AT + WRITE)), this);
         drop((first, second));
         take_at_last(&third, ImageUse::Write);
         let fourth = opened(image.path());
@@ -243,6 +280,24 @@ mod tests {
         );
         drop(fourth);
         take_at_last(&fifth, ImageUse::Read);
+    }
+
+    /// It took as long as all descriptors of all processes, again and again: 11 seconds and more.
+    #[test]
+    fn a_holder_among_thousands_of_descriptors_is_found_soon() {
+        let limit = crate::sys::fd::raise_limit().expect("a limit");
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let other = tempfile::NamedTempFile::new().expect("a file");
+        let others = usize::try_from(limit / 2).map_or(10_000, |half| half.min(10_000));
+        let _held: Vec<File> = (0..others).map(|_| opened(other.path())).collect();
+        let holder = opened(file.path());
+        assert!(try_lock(&holder, true).expect("no failure"));
+        let began = crate::sys::clock::now();
+        let seeker = opened(file.path());
+        let found = find_holder(&seeker, None);
+        assert_eq!(found, Holder::Process(std::process::id()));
+        let took = began.elapsed();
+        assert!(took < std::time::Duration::from_secs(5), "{took:?}");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! - [`fd`]: eventfds, our own and those that come over a socket; the limit of descriptors.
 //! - [`memory`]: large tables in huge pages.
 //! - [`mmap`]: guest memory shared by a vhost-user front end.
+//! - [`process`]: who is alive.
 //! - [`signal`]: being told to end.
 //! - [`sigbus`]: surviving guest memory that is taken away.
 //! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
@@ -23,6 +24,7 @@ pub mod lock;
 mod mapping;
 pub mod memory;
 pub mod mmap;
+pub mod process;
 pub mod sigbus;
 pub mod signal;
 pub mod uring;

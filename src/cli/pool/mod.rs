@@ -401,7 +401,7 @@ fn list_one(path: &Path) -> Result<(Vec<String>, Value), Failure> {
         Err(failure) if open::is_pool(path) => {
             let mut row = vec![path.display().to_string()];
             row.extend(std::iter::repeat_n("-".to_owned(), 6));
-            let note = open::owner_note(path);
+            let note = open::owner_text(path);
             let state = match failure.kind {
                 "locked" if note.is_empty() => "in use".to_owned(),
                 "locked" => format!("in use: {note}"),
