@@ -62,8 +62,8 @@ pub enum Refusal {
         /// Its value.
         value: u64,
     },
-    /// It ends within its header.
-    #[error("it is cut short within its header")]
+    /// It ends before what its header says.
+    #[error("it is cut short")]
     Short,
     /// A name that is no text.
     #[error("the name of its {0} is not UTF-8")]

@@ -309,6 +309,34 @@ fn a_base_is_read_through_the_ring_or_elsewhere_and_ends_in_zeros() {
     }
 }
 
+/// The guest is told, and told of what is cut off only: zeros in its place would be taken for data.
+#[test]
+fn a_base_that_is_cut_short_is_an_error_and_not_zeros() {
+    for kind in KINDS {
+        for (format, name) in [
+            (BaseFormat::Raw, "base.raw"),
+            (BaseFormat::Qcow2, "base.qcow2"),
+        ] {
+            let dir = tempfile::TempDir::new().expect("a directory");
+            let Some(disk) = disk::make_over_base(dir.path(), 4 << 20, kind, format) else {
+                continue;
+            };
+            let bench = Bench::with(options(), |_| disk);
+            let mut guest = Guest::boot(&bench.socket, MODERN);
+            assert_eq!(guest.read(0, 2000, 512), [(2000 % 251) as u8; 512]);
+            let path = dir.path().join(name);
+            let len = std::fs::metadata(&path).expect("there").len();
+            disk::cut(&path, len - (256 << 10));
+            for (sector, count) in [(2000, 1), (1900, 64), (1500, 400)] {
+                let bufs = [(DATA, count * 512, WRITE)];
+                let status = guest.request(0, IN, sector, &bufs);
+                assert_eq!(status, IOERR, "{kind:?} {format:?} sector {sector}");
+            }
+            assert_eq!(guest.read(0, 3, 512), [3; 512], "{kind:?} {format:?}");
+        }
+    }
+}
+
 #[test]
 fn without_a_write_cache_every_write_is_flushed() {
     let bench = Bench::new(Kind::Buffered, SIZE, false);

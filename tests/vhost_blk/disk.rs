@@ -90,6 +90,13 @@ pub fn make_read_only(dir: &Path, size: u64) -> Disk {
     Disk::open(&pool, "disk@then").expect("the snapshot opens")
 }
 
+/// Cuts a file behind everybody's back.
+#[expect(clippy::disallowed_methods, reason = "the test plays another program")]
+pub fn cut(path: &Path, len: u64) {
+    let file = fs::File::options().write(true).open(path);
+    file.and_then(|file| file.set_len(len)).expect("cuts");
+}
+
 /// A disk of `size` bytes over a base of a quarter of that and one sector, in which each byte is
 /// its sector's number modulo 251. `None` without the program that makes qcow2 images.
 pub fn make_over_base(dir: &Path, size: u64, kind: Kind, format: BaseFormat) -> Option<Disk> {

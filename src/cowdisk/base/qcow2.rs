@@ -69,7 +69,12 @@ impl Qcow2 {
     /// Its first table cannot be read.
     pub(super) fn open(file: &ImageFile, header: Header) -> io::Result<Self> {
         let (entries, at) = header.l1();
-        let mut bytes = vec![0; len_of(u64::from(entries) * 8)];
+        let len = u64::from(entries) * 8;
+        // A few bytes of header may ask for more than the file has.
+        if at.saturating_add(len) > file.len {
+            return Err(damaged(&Refusal::Short));
+        }
+        let mut bytes = vec![0; len_of(len)];
         file.read(&mut bytes, at)?;
         let (chunks, _) = bytes.as_chunks();
         Ok(Self {
