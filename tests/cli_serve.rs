@@ -149,6 +149,7 @@ fn a_disk_that_cannot_be_served_stops_no_other() {
         .collect();
     assert_eq!(refused, [("gone", "base"), ("taken", "socket")]);
     assert!(text(&server.refused()[0], "reason").contains("base.raw"));
+    assert!(text(&server.refused()[0], "hint").contains("tidepool disk rebase p:gone"));
     // What it says is where clients find it, whatever it is called.
     let sockets: Vec<String> = server.sockets().into_iter().map(str::to_owned).collect();
     for socket in &sockets {

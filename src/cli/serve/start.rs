@@ -176,8 +176,11 @@ impl<'a> Start<'a> {
             "name": wish.row.name,
             "kind": why.kind,
             "reason": why.what,
+            "hint": why.hint,
         });
-        let text = format!("not served: {}: {}", wish.object(), why.what);
+        let hint = why.hint.as_ref();
+        let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+        let text = format!("not served: {}: {}{hint}", wish.object(), why.what);
         self.teller.say(&event, &text);
         match &mut self.refused {
             Some((_, count)) => *count += 1,
