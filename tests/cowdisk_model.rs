@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
-use tidepool::cowdisk::{self, Disk, NewDisk};
+use tidepool::cowdisk::{self, Disk, DiskError, DiskErrorKind, NewDisk, Settings};
 use tidepool::format::units::ClusterSize;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::{SimStorage, Storage};
@@ -177,7 +177,8 @@ impl World {
             92..=93 => self.resize(),
             94 => self.rename(),
             95 => self.trim(),
-            96..=97 => self.reopen(),
+            96 => self.reopen(),
+            97 => self.set(),
             _ => self.crash(),
         }
     }
@@ -196,7 +197,15 @@ impl World {
             bytes.extend_from_slice(&fill(self.next_value));
         }
         self.log.push(format!("write {name} {at}+{len}"));
+        let before = self.counted(&name);
         let result = self.disk(&name).write_at(&bytes, (at * SECTOR) as u64);
+        let limit = self.pool.find(&name).expect("picked").row.limit;
+        let most = limit.map_or(u64::MAX, |limit| {
+            limit
+                .div_ceil(self.pool.cluster_size().sub_bytes())
+                .max(before)
+        });
+        assert!(self.counted(&name) <= most, "{}", self.log.join("\n"));
         let flat = self.disks.get_mut(&name).expect("picked");
         match result {
             Ok(()) => {
@@ -205,7 +214,7 @@ impl World {
                 }
             }
             Err(e) => {
-                assert_eq!(e.kind(), cowdisk::DiskErrorKind::NoSpace, "{e}");
+                assert!(is_no_space(&e), "{e}");
                 self.reread(&name, at, &values);
             }
         }
@@ -267,7 +276,7 @@ impl World {
                 }
             }
             Err(e) => {
-                assert_eq!(e.kind(), cowdisk::DiskErrorKind::NoSpace, "{e}");
+                assert!(is_no_space(&e), "{e}");
                 self.reread(&name, at, &vec![0; len]);
             }
         }
@@ -342,7 +351,9 @@ impl World {
         let count = 1 + self.random.below(3);
         let names: Vec<String> = (0..count).map(|_| self.name()).collect();
         self.log.push(format!("fork {source} {names:?}"));
-        cowdisk::fork(&self.pool, &source, &names).expect("forks");
+        if !self.is_done(&cowdisk::fork(&self.pool, &source, &names)) {
+            return;
+        }
         let is_disk = !self.disks[&source].is_snapshot;
         for name in names {
             let mut flat = self.disks[&source].clone();
@@ -364,7 +375,9 @@ impl World {
         self.next_name += 1;
         let snapshot = format!("s{}", self.next_name);
         self.log.push(format!("snapshot {source}@{snapshot}"));
-        cowdisk::snapshot(&self.pool, &source, &snapshot).expect("snapshots");
+        if !self.is_done(&cowdisk::snapshot(&self.pool, &source, &snapshot)) {
+            return;
+        }
         let mut flat = self.disks[&source].clone();
         flat.is_snapshot = true;
         flat.parent = None;
@@ -377,7 +390,9 @@ impl World {
             return;
         };
         self.log.push(format!("rollback {snapshot}"));
-        cowdisk::rollback(&self.pool, &snapshot).expect("rolls back");
+        if !self.is_done(&cowdisk::rollback(&self.pool, &snapshot)) {
+            return;
+        }
         let disk = snapshot.split('@').next().expect("a disk").to_owned();
         let now = self.disks[&snapshot].now.clone();
         self.disks.get_mut(&disk).expect("snapshots have disks").now = now;
@@ -401,7 +416,9 @@ impl World {
             return;
         }
         self.log.push(format!("commit {child} -> {parent}"));
-        cowdisk::commit(&self.pool, &child).expect("the parent has not changed");
+        if !self.is_done(&cowdisk::commit(&self.pool, &child)) {
+            return;
+        }
         self.changed(&parent);
         let target = self.disks.get_mut(&parent).expect("filtered");
         let len = target.now.len().max(flat.now.len());
@@ -436,7 +453,7 @@ impl World {
         self.log.push(format!("resize {name} {sectors}"));
         let result = cowdisk::resize(&self.pool, &name, (sectors * SECTOR) as u64, true);
         if let Err(e) = result {
-            assert_eq!(e.kind(), cowdisk::DiskErrorKind::NoSpace, "{e}");
+            assert!(e.to_string().contains("cuts a block in two"), "{e}");
             return;
         }
         self.disks
@@ -469,6 +486,45 @@ impl World {
             self.disks.insert(key, flat);
         }
         self.all_durable();
+    }
+
+    /// Sets a limit, a reserve, both or neither.
+    fn set(&mut self) {
+        let Some(name) = self.pick(Some(false)) else {
+            return;
+        };
+        let quota = |random: &mut Random| match random.below(3) {
+            0 => None,
+            _ => Some((random.below(DISK_LEN_MAX / SECTOR) * SECTOR) as u64),
+        };
+        let settings = Settings {
+            limit: Some(quota(&mut self.random)),
+            reserve: Some(quota(&mut self.random)),
+            is_ephemeral: None,
+        };
+        self.log.push(format!("set {name} {settings:?}"));
+        let result = cowdisk::set(&self.pool, &name, &settings);
+        if self.is_done(&result) {
+            self.all_durable();
+        }
+    }
+
+    /// Sub-clusters that count for the limit of a disk.
+    fn counted(&self, name: &str) -> u64 {
+        let item = self.pool.find(name).expect("a disk of the model is there");
+        item.volume.map.read().account.held().subs
+    }
+
+    /// What had to be reserved for it had no space, if it is not.
+    fn is_done(&self, result: &Result<(), DiskError>) -> bool {
+        if let Err(e) = result {
+            let history = self.log.join("\n");
+            assert!(
+                e.to_string().contains("cannot be reserved"),
+                "{e}\n{history}"
+            );
+        }
+        result.is_ok()
     }
 
     fn trim(&mut self) {
@@ -576,12 +632,21 @@ impl World {
     }
 }
 
+fn is_no_space(e: &DiskError) -> bool {
+    matches!(
+        e.kind(),
+        DiskErrorKind::NoSpace | DiskErrorKind::LimitReached
+    )
+}
+
 fn run(seed: u64, steps: u32) {
     println!("TIDEPOOL_SEED={seed}");
     let mut world = World::new(seed);
     world.create();
     for _ in 0..steps {
         world.step();
+        let accounts = world.pool.check_accounts();
+        accounts.unwrap_or_else(|e| panic!("{e}\n{}", world.log.join("\n")));
     }
     world.finish();
 }

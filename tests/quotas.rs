@@ -8,7 +8,8 @@ mod common;
 use common::{CLUSTER, POOL_LEN, SUB, bytes, fresh, opened, read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Settings};
+use std::task::Waker;
+use tidepool::cowdisk::{self, Disk, DiskErrorKind, NewDisk, Settings, Step, WritePlan};
 use tidepool::pool::Pool;
 use tidepool::pool::space::Purpose;
 use tidepool::storage::SimStorage;
@@ -264,8 +265,8 @@ fn is_covered(pool: &Pool) -> bool {
     usage.clean + usage.written >= usage.reserved
 }
 
-/// What a disk has had counts for its reserve; rolled back to when it had nothing, it is owed all of
-/// it again, and what it had need not come back: a later snapshot has it.
+/// What a disk has to itself counts for its reserve; shared with a snapshot, or rolled back to when it
+/// had nothing, it is owed all of it again, before what it had comes back.
 #[test]
 fn a_rollback_promises_no_space_that_is_not_there() {
     let (_storage, pool) = fresh();
@@ -279,14 +280,20 @@ fn a_rollback_promises_no_space_that_is_not_there() {
         kept.write_at(&bytes(2, CLUSTER), cluster * CLUSTER)
             .expect("it is reserved");
     }
-    cowdisk::snapshot(&pool, "kept", "full").expect("snapshots");
     drop(kept);
     fill(&create(&pool, &NewDisk::empty("greedy", 2 * POOL_LEN)));
     assert!(is_covered(&pool));
-    let rolled_back = cowdisk::rollback(&pool, "kept@empty");
-    assert!(is_covered(&pool), "nothing is free, and all is promised");
-    let e = rolled_back.expect_err("there is no space for its reserve");
-    assert!(e.to_string().contains("cannot be reserved"), "{e}");
+    // The snapshot would share what the disk had to itself, and the rollback does away with it.
+    for refused in [
+        cowdisk::snapshot(&pool, "kept", "full"),
+        cowdisk::fork(&pool, "kept", &["fork".to_owned()]),
+        cowdisk::rollback(&pool, "kept@empty"),
+    ] {
+        assert!(is_covered(&pool), "nothing is free, and all is promised");
+        let e = refused.expect_err("there is no space for its reserve");
+        assert!(e.to_string().contains("cannot be reserved"), "{e}");
+        pool.check_accounts().expect("as they were");
+    }
     let kept = Disk::open(&pool, "kept").expect("opens");
     assert_eq!(read(&kept, 0, SUB), bytes(2, SUB), "it is as it was");
     drop(kept);
@@ -430,4 +437,138 @@ fn all_that_is_free_can_be_reserved_and_no_more() {
     };
     set(most + 1).expect_err("there is no more");
     set(most).expect("it is free");
+}
+
+/// A limit counted what a fork had inherited, once its origin was gone.
+#[test]
+fn what_was_inherited_never_counts() {
+    for is_removed in [false, true] {
+        let (storage, pool) = fresh();
+        let p = create(&pool, &NewDisk::empty("p", LEN));
+        for cluster in 0..4 {
+            p.write_at(&bytes(1, CLUSTER), cluster * CLUSTER)
+                .expect("writes");
+        }
+        drop(p);
+        cowdisk::fork(&pool, "p", &["c".to_owned()]).expect("forks");
+        let limit = Settings {
+            limit: Some(Some(6 * SUB)),
+            ..Settings::default()
+        };
+        cowdisk::set(&pool, "c", &limit).expect("sets");
+        if is_removed {
+            cowdisk::remove(&pool, "p", false).expect("removes");
+            pool.reclaim().expect("reclaims");
+        }
+        let c = Disk::open(&pool, "c").expect("opens");
+        for cluster in 0..4 {
+            c.write_at(&bytes(2, SUB), cluster * CLUSTER)
+                .expect("four of six");
+        }
+        c.write_at(&bytes(2, 2 * SUB), 10 * CLUSTER)
+            .expect("six of six");
+        refused(&c, 11 * CLUSTER);
+        refused(&c, SUB);
+        c.write_at(&bytes(3, SUB), CLUSTER)
+            .expect("overwrites go on");
+        pool.check_accounts().expect("exact");
+        drop(c);
+        pool.close().expect("closes");
+        drop(pool);
+        let pool = opened(&storage);
+        pool.check_accounts().expect("exact");
+        let c = Disk::open(&pool, "c").expect("opens");
+        refused(&c, 11 * CLUSTER);
+        assert_eq!(read(&c, SUB, SUB), bytes(1, SUB), "as it was inherited");
+    }
+}
+
+/// What was discarded of a reserve was anybody's, and owed again after the next opening.
+#[test]
+fn what_is_discarded_is_reserved_again() {
+    let (storage, pool) = fresh();
+    let new = NewDisk {
+        reserve: Some(100 * CLUSTER),
+        ..NewDisk::empty("kept", LEN)
+    };
+    let kept = create(&pool, &new);
+    let greedy = create(&pool, &NewDisk::empty("greedy", 2 * POOL_LEN));
+    fill(&greedy);
+    for round in 0..3 {
+        for cluster in 0..100 {
+            let written = kept.write_at(&bytes(round, CLUSTER), cluster * CLUSTER);
+            written.unwrap_or_else(|e| panic!("cluster {cluster} of 100 reserved: {e}"));
+        }
+        kept.discard(0, 100 * CLUSTER).expect("discards");
+        // Neither before it is free nor after.
+        for is_free in [false, true] {
+            if is_free {
+                pool.reclaim().expect("reclaims");
+                assert!(is_covered(&pool));
+            }
+            let e = greedy.write_at(&bytes(9, CLUSTER), POOL_LEN + 7 * CLUSTER);
+            assert_eq!(e.expect_err("not its own").kind(), DiskErrorKind::NoSpace);
+            pool.check_accounts().expect("exact");
+        }
+    }
+    drop((kept, greedy));
+    pool.close().expect("closes");
+    drop(pool);
+    let pool = opened(&storage);
+    assert!(is_covered(&pool));
+    pool.check_accounts().expect("exact");
+}
+
+/// Requests that copy first did not count before their copies were done: as many as were in flight
+/// at once passed a limit.
+#[test]
+fn a_limit_holds_for_requests_in_flight() {
+    for is_over_data in [false, true] {
+        let (_storage, pool) = fresh();
+        let p = create(&pool, &NewDisk::empty("p", LEN));
+        if is_over_data {
+            for cluster in 0..200 {
+                // So that a write to the fork's fork merges.
+                p.write_at(&bytes(1, 8 * SUB), cluster * CLUSTER)
+                    .expect("writes");
+            }
+        }
+        cowdisk::fork(&pool, "p", &["d".to_owned()]).expect("forks");
+        let limit = Settings {
+            limit: Some(Some(16 * SUB)),
+            ..Settings::default()
+        };
+        cowdisk::set(&pool, "d", &limit).expect("sets");
+        let d = Disk::open(&pool, "d").expect("opens");
+        let mut jobs = Vec::new();
+        let mut ready = Vec::new();
+        for cluster in 0..200 {
+            let pass = common::enter(&d);
+            let mut plan = WritePlan::default();
+            let len = if cluster % 2 == 0 { 512 } else { 1024 };
+            let step = d.plan_write(&pass, cluster * CLUSTER, len, &mut plan, Waker::noop());
+            match step {
+                Ok(Step::Copy(job)) => jobs.push((cluster, pass, job)),
+                Ok(Step::Ready) => ready.push((pass, plan)),
+                Ok(other) => panic!("{other:?}"),
+                Err(e) => assert_eq!(e.kind(), DiskErrorKind::LimitReached, "{e}"),
+            }
+        }
+        assert!(!jobs.is_empty(), "small writes are copied first");
+        assert_eq!(jobs.len() + ready.len(), 16, "a block each");
+        for (n, (pass, mut plan)) in ready.into_iter().enumerate() {
+            // One fails, which makes room again.
+            d.complete_write(&mut plan, n > 0);
+            drop(pass);
+        }
+        for (_, pass, job) in jobs {
+            d.run_copy(job).expect("copies");
+            drop(pass);
+        }
+        pool.check_accounts().expect("exact");
+        let free = (300..400).map(|cluster| d.write_at(&bytes(4, SUB), cluster * CLUSTER));
+        let accepted = free.filter(Result::is_ok).count();
+        assert_eq!(accepted, 1, "the one that failed");
+        pool.check_accounts().expect("exact");
+    }
 }

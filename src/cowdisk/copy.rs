@@ -7,7 +7,8 @@ use super::disk::Disk;
 use super::error::DiskError;
 use super::plan::Source;
 use crate::format::journal::Entry;
-use crate::format::units::{Cluster, Lcn, SUBS, len_of};
+use crate::format::units::{Cluster, Lcn, SUBS, index, len_of};
+use crate::pool::account::OverLimit;
 use crate::pool::entry::Place;
 use crate::pool::volume::Map;
 use crate::pool::woken::Woken;
@@ -52,26 +53,43 @@ impl CopyJob {
     }
 }
 
+/// The blocks to copy so that an entry that is shared gets no deeper, the fewer there can be, and the
+/// cluster that stays under them.
+pub(super) fn merged(entry: &Entry) -> (u16, u32) {
+    let rest = entry.rest();
+    if entry.alloc.count_ones() <= rest.count_ones() {
+        (entry.alloc, entry.under)
+    } else {
+        (rest, entry.own)
+    }
+}
+
 impl Disk {
     /// Brings the blocks `mask` of `lcn` into its own cluster.
-    pub(super) fn copy_up(&self, map: &mut Map, lcn: Lcn, entry: Entry, mask: u16) -> CopyJob {
+    ///
+    /// # Errors
+    /// The disk's limit.
+    pub(super) fn copy_up(
+        &self,
+        map: &mut Map,
+        lcn: Lcn,
+        entry: Entry,
+        mask: u16,
+    ) -> Result<CopyJob, OverLimit> {
         let after = Entry {
             alloc: entry.alloc | mask,
             zero: entry.zero & !mask,
             ..entry
         };
-        self.job(map, lcn, entry, after, mask, |sub| entry.place(sub))
+        map.charge(lcn, &entry, mask)?;
+        Ok(self.job(map, lcn, entry, after, mask, |sub| entry.place(sub)))
     }
 
     /// Moves `lcn` to `target`, its shared cluster or what is under it copied, the other left under.
+    /// The limit allows it.
     pub(super) fn merge(&self, map: &mut Map, lcn: Lcn, entry: Entry, target: u32) -> CopyJob {
         let birth = self.pool().generation().0;
-        let rest = entry.rest();
-        let (copied, under) = if entry.alloc.count_ones() <= rest.count_ones() {
-            (entry.alloc, entry.under)
-        } else {
-            (rest, entry.own)
-        };
+        let (copied, under) = merged(&entry);
         let after = Entry {
             own: target,
             under,
@@ -79,6 +97,15 @@ impl Disk {
             zero: entry.zero,
             birth,
         };
+        // Which blocks are charged is all the same: nothing else happens to the cluster meanwhile.
+        let more = map.more_in_new(&entry, copied);
+        let charged = (0..SUBS).filter(|sub| copied >> sub & 1 == 1);
+        let charged = charged
+            .take(index(more))
+            .fold(0, |mask, sub| mask | 1 << sub);
+        map.charge(lcn, &Entry::default(), charged)
+            .expect("it was asked before the cluster was taken");
+        map.begin_move();
         self.job(map, lcn, entry, after, copied, |sub| entry.place(sub))
     }
 
@@ -134,8 +161,13 @@ impl Disk {
                 job.before,
                 "a cluster being copied into is left alone"
             );
+            map.settle(job.lcn, job.after.alloc);
             map.set(&pool.space, job.lcn, job.after, pool.generation());
-        } else if is_new_cluster {
+        }
+        if is_new_cluster {
+            map.end_move(&pool.space);
+        }
+        if is_new_cluster && moved.is_err() {
             let cluster = job.after.own;
             freed = pool.space.give_back(cluster..cluster + 1, true);
         }

@@ -9,7 +9,7 @@ use super::extents::data_runs;
 use super::manage::{put_row, writable};
 use super::pass::Pass;
 use super::transfer::Progress;
-use super::write::{Step, Stop, check_limit};
+use super::write::{Step, Stop};
 use crate::format::catalogue::Row;
 use crate::format::units::{Lcn, bytes_of, len_of, mask};
 use crate::pool::{Pool, PoolError};
@@ -142,12 +142,13 @@ impl Disk {
         }
         let now = pool.generation();
         let is_own = map.is_own(&entry) || (entry.own != 0 && map.claim(&pool.space, lcn, now));
-        let planned = check_limit(&map, missing).and_then(|()| {
+        let in_limit = map.check_limit(map.more_in_new(&entry, missing));
+        let planned = in_limit.map_err(Stop::from).and_then(|()| {
             let entry = match is_own {
                 true => map.get(lcn),
                 false => self.hang_new(&mut map, lcn, entry)?.0,
             };
-            Ok(self.copy_up(&mut map, lcn, entry, missing))
+            Ok(self.copy_up(&mut map, lcn, entry, missing)?)
         });
         pool.list_changes(self.volume(), &mut map);
         match planned {

@@ -7,9 +7,9 @@ use super::manage::check_unused;
 use crate::format::catalogue::{NAME_LEN_MAX, Row, RowKind, check_name};
 use crate::format::journal::{ROW_LEN_MAX, Record, SLOT_LEN, slots_of};
 use crate::format::units::{DiskId, Generation, bytes_of, len_of};
+use crate::pool::account::Quota;
 use crate::pool::catalogue::Item;
 use crate::pool::commit::SMALL_CHANGE_LEN_MAX;
-use crate::pool::quota::Quota;
 use crate::pool::transaction::Transaction;
 use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError};
@@ -96,11 +96,14 @@ fn copy_to_new(
             transaction.check_row(&row)?;
             rows.push(row);
         }
+        // What it has is shared from now on: all that is reserved for it must be there once more.
+        let quota = origin.volume.map.read().quota_when_shared();
+        pool.reserve(&[(&origin.volume, quota)])?;
         // From here on nothing fails: a generation that the journal does not know of would, after
         // the next opening, be given out again to entries that are shared by then.
         let generation = transaction.end_generation()?;
         transaction.collect(&mut origin.volume.map.write())?;
-        origin.volume.map.write().last_fork = generation;
+        origin.volume.map.write().share_all(generation);
         for row in rows {
             add_fork(transaction, &origin.volume, row, generation)?;
         }
@@ -117,7 +120,7 @@ fn add_fork(
 ) -> Result<(), PoolError> {
     let pool = transaction.pool;
     let tree = origin.map.read().tree.clone();
-    let volume = Volume::new(&row, tree, generation, generation, pool.cluster_size());
+    let volume = Volume::new(&row, tree, generation, generation);
     transaction.record(&Record::Row(Box::new(row.clone())))?;
     transaction.record(&Record::Fork {
         from: origin.id,
@@ -219,7 +222,9 @@ fn replace_by(
             ..from.row.clone()
         };
         let size = pool.cluster_size();
-        let quota_of = |row: &Row| Quota::of(row, &from.volume.map.read().tree, size);
+        // Everything in either is shared with the other.
+        let now = transaction.check_generation()?;
+        let quota_of = |row: &Row| Quota::of(row, &from.volume.map.read().tree, now, size);
         let (quota, equal_quota) = (quota_of(&row), quota_of(&equal));
         let mut quotas = vec![(&*to.volume, quota)];
         if from.row.kind == RowKind::Disk {
@@ -238,7 +243,7 @@ fn replace_by(
         })?;
         let tree = {
             let mut map = from.volume.map.write();
-            map.last_fork = generation;
+            map.share_all(generation);
             map.tree.clone()
         };
         {
@@ -248,14 +253,14 @@ fn replace_by(
             map.last_fork = generation;
             map.changed = generation;
             transaction.discard_changes(&mut map);
-            map.set_quota(&quota, size);
+            map.set_quota(&quota);
         }
         pool.change_catalogue(|all| all.put(row, &to.volume));
         if from.row.kind == RowKind::Disk {
             transaction.record(&Record::Row(Box::new(equal.clone())))?;
             let mut map = from.volume.map.write();
-            map.birth = generation;
-            map.set_quota(&equal_quota, size);
+            map.account.set_birth(generation);
+            map.set_quota(&equal_quota);
             drop(map);
             pool.change_catalogue(|all| all.put(equal, &from.volume));
         }

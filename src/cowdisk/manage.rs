@@ -6,9 +6,9 @@ use super::fork::same_item;
 use crate::format::catalogue::{BaseFormat, Row, RowKind, check_name};
 use crate::format::journal::{Record, SLOT_LEN, slots_of};
 use crate::format::units::{Generation, SECTOR, bytes_of};
+use crate::pool::account::Quota;
 use crate::pool::catalogue::Item;
 use crate::pool::map::Tree;
-use crate::pool::quota::Quota;
 use crate::pool::transaction::Transaction;
 use crate::pool::volume::Volume;
 use crate::pool::{Pool, PoolError, PoolErrorKind};
@@ -85,9 +85,10 @@ pub fn create(pool: &Arc<Pool>, new: &NewDisk) -> Result<(), DiskError> {
         };
         transaction.check_row(&row)?;
         let (tree, none) = (Tree::default(), Generation(0));
-        let quota = Quota::of(&row, &tree, pool.cluster_size());
-        let volume = Arc::new(Volume::new(&row, tree, none, none, pool.cluster_size()));
+        let quota = Quota::of(&row, &tree, none, pool.cluster_size());
+        let volume = Arc::new(Volume::new(&row, tree, none, none));
         pool.reserve(&[(&volume, quota)])?;
+        volume.map.write().set_quota(&quota);
         transaction.record(&Record::Row(Box::new(row.clone())))?;
         pool.change_catalogue(|all| all.put(row, &volume));
         Ok(())
@@ -166,8 +167,7 @@ fn delete(transaction: &mut Transaction<'_>, item: &Item) -> Result<(), PoolErro
     map.replace_tree(Tree::default());
     transaction.discard_changes(&mut map);
     let woken = map.drop_slab(&pool.space);
-    pool.space.change_disk_reserve(-i64::from(map.reserve_left));
-    map.reserve_left = 0;
+    map.close_account(&pool.space);
     drop(map);
     woken.wake();
     pool.change_catalogue(|all| all.remove(item.row.id));
@@ -276,11 +276,12 @@ pub fn set(pool: &Arc<Pool>, name: &str, settings: &Settings) -> Result<(), Disk
         };
         transaction.check_row(&row)?;
         let size = pool.cluster_size();
-        let quota = Quota::of(&row, &item.volume.map.read().tree, size);
-        if settings.reserve.is_some() {
-            pool.reserve(&[(&item.volume, quota)])?;
-        }
-        item.volume.map.write().set_quota(&quota, size);
+        let quota = {
+            let map = item.volume.map.read();
+            Quota::of(&row, &map.tree, map.last_fork, size)
+        };
+        pool.reserve(&[(&item.volume, quota)])?;
+        item.volume.map.write().set_quota(&quota);
         put_row(transaction, &item, row)
     })?;
     Ok(())

@@ -86,12 +86,19 @@ fn cut_last(pool: &Pool, volume: &Volume, len: u64) -> Result<Option<Entry>, Poo
     if !has_data {
         return Ok(Some(kept));
     }
-    let new = volume.map.write().take_cluster(&pool.space);
-    let new = new.map_err(|e| match e.kind() {
-        PoolErrorKind::NoSpace => no_space(size.sub_bytes(), len),
-        PoolErrorKind::Request | PoolErrorKind::Storage | PoolErrorKind::Damaged => e,
-    })?;
     let alloc = kept.alloc | cut;
+    let new = {
+        let mut map = volume.map.write();
+        map.check_limit(map.more_in_new(&old, alloc))
+            .map_err(|_over| over_limit(size.sub_bytes(), len))?;
+        let new = map.take_cluster(&pool.space);
+        let new = new.map_err(|e| match e.kind() {
+            PoolErrorKind::NoSpace => no_space(size.sub_bytes(), len),
+            PoolErrorKind::Request | PoolErrorKind::Storage | PoolErrorKind::Damaged => e,
+        })?;
+        map.begin_move();
+        new
+    };
     let is_all = alloc | kept.zero == u16::MAX;
     let renewed = Entry {
         own: new.number,
@@ -102,6 +109,7 @@ fn cut_last(pool: &Pool, volume: &Volume, len: u64) -> Result<Option<Entry>, Poo
     };
     let copied = copy_blocks(pool, &kept, &renewed, within);
     if copied.is_err() {
+        volume.map.write().end_move(&pool.space);
         let unused = new.number..new.number + 1;
         pool.space.give_back(unused, true).wake();
     }
@@ -112,9 +120,19 @@ fn cut_last(pool: &Pool, volume: &Volume, len: u64) -> Result<Option<Entry>, Poo
 }
 
 fn no_space(block: u64, len: u64) -> PoolError {
+    let why = "the pool is full";
+    cannot_cut(why, "make room", block, len)
+}
+
+fn over_limit(block: u64, len: u64) -> PoolError {
+    let why = "the disk has reached its limit";
+    cannot_cut(why, "raise it (`disk set --limit`)", block, len)
+}
+
+fn cannot_cut(why: &str, remedy: &str, block: u64, len: u64) -> PoolError {
     PoolError::invalid(format!(
-        "the pool is full, and a size of {len} bytes cuts a block in two, which needs space for a \
-         copy: choose a multiple of {block} bytes ({} or {}), or make room first",
+        "{why}, and a size of {len} bytes cuts a block in two, which needs space for a copy: \
+         choose a multiple of {block} bytes ({} or {}), or {remedy} first",
         len / block * block,
         len.next_multiple_of(block)
     ))
@@ -161,7 +179,12 @@ fn cut_off(pool: &Pool, map: &mut Map, len: u64, last: Option<Entry>) {
             now,
         );
     }
-    if let Some(new) = last.filter(|new| *new != map.get(lcn)) {
+    let Some(new) = last else { return };
+    let old = map.get(lcn);
+    if new != old {
         map.set(&pool.space, lcn, new, now);
+    }
+    if new.own != old.own {
+        map.end_move(&pool.space);
     }
 }

@@ -20,6 +20,11 @@ pub struct DiskUsage {
     pub unique: u64,
     /// Of the unique ones, blocks that hold no data of it: what copying it elsewhere would save.
     pub reclaimable: u64,
+    /// What counts towards a disk's limit: data of its own, allocated since it was created or forked.
+    /// `None` for a disk with neither limit nor reserve.
+    pub counted: Option<u64>,
+    /// What of its reserve is not used by data that it alone has: kept free for it. `None` likewise.
+    pub reserve_left: Option<u64>,
 }
 
 /// The space of a pool, bytes. `capacity = metadata + used + free`.
@@ -76,6 +81,13 @@ pub fn usage(pool: &Pool) -> Result<PoolUsage, DiskError> {
         if let Some(root) = &map.tree.root {
             survey.sum(root, &mut sums);
         }
+        let account = Some(&map.account).filter(|account| account.is_counted());
+        let counted = account.map(|account| account.held().subs * size.sub_bytes());
+        let set_aside = u64::from(map.slab_len());
+        let reserve_left = account.map(|account| match account.reserve() {
+            0 => 0,
+            _ => (u64::from(account.kept()) + set_aside) * size.bytes(),
+        });
         drop(map);
         let unique = sums.unique * size.bytes();
         let used = used * size.bytes();
@@ -84,6 +96,8 @@ pub fn usage(pool: &Pool) -> Result<PoolUsage, DiskError> {
             shared: used.saturating_sub(unique),
             unique,
             reclaimable: sums.dead_subs * size.sub_bytes(),
+            counted,
+            reserve_left,
         };
         disks.push((item, usage));
     }

@@ -10,7 +10,7 @@
 //! - *copy*: some data must be moved first: blocks that are only written in part, and clusters that
 //!   are shared and would become three deep ([`super::copy`]). Then the write is planned again.
 
-use super::copy::CopyJob;
+use super::copy::{CopyJob, merged};
 use super::disk::Disk;
 use super::error::DiskError;
 use super::pass::Pass;
@@ -18,6 +18,7 @@ use super::plan::{Piece, pieces};
 use crate::format::journal::Entry;
 use crate::format::units::Lcn;
 use crate::pool::PoolErrorKind;
+use crate::pool::account::OverLimit;
 use crate::pool::volume::Map;
 use crate::pool::woken::Woken;
 use std::task::Waker;
@@ -73,7 +74,7 @@ pub struct WriteSegment {
 struct Fill {
     lcn: Lcn,
     own: u32,
-    /// The blocks; counted for the quota when planned.
+    /// The blocks; charged to the disk's account when planned.
     mask: u16,
     /// As [`crate::pool::busy::Busy::discards`] when it was planned.
     began: u8,
@@ -84,9 +85,6 @@ struct Fill {
 impl Fill {
     /// The write is over, or does not take place. Whether that lets others go on.
     fn end(&self, map: &mut Map) -> bool {
-        map.used_subs = map
-            .used_subs
-            .saturating_sub(u64::from(self.mask.count_ones()));
         if self.is_padded {
             map.end_exclusive(self.lcn);
             true
@@ -260,7 +258,8 @@ impl Disk {
         let covered = size.covered(piece.from, piece.to);
         let mut padding = Padding::default();
         if !is_own {
-            check_limit(map, covered)?;
+            // Asked before a cluster is taken for nothing.
+            map.check_limit(map.more_in_new(&entry, touched))?;
             let is_hole;
             (entry, is_hole) = self.hang_new(map, piece.lcn, entry)?;
             if is_hole && busy.fills == 0 {
@@ -273,17 +272,15 @@ impl Disk {
             if busy.fills > 0 {
                 return Err(Stop::Step(Step::Busy));
             }
-            check_limit(map, in_part)?;
-            let job = self.copy_up(map, piece.lcn, entry, in_part);
+            let job = self.copy_up(map, piece.lcn, entry, in_part)?;
             return Err(Stop::Step(Step::Copy(job)));
         }
         if missing != 0 {
-            check_limit(map, missing)?;
+            map.charge(piece.lcn, &entry, missing)?;
             let is_padded = padding != Padding::default();
             let busy = map.busy.entry(piece.lcn.0).or_default();
             busy.fills += 1;
             busy.is_exclusive = is_padded;
-            map.used_subs += u64::from(missing.count_ones());
             plan.fills.push(Fill {
                 lcn: piece.lcn,
                 own: entry.own,
@@ -314,6 +311,10 @@ impl Disk {
             })
         };
         let rest = entry.rest();
+        let is_merge = entry.alloc != 0 && rest != 0 && self.has_data_below(map, lcn, &entry);
+        if is_merge {
+            map.check_limit(map.more_in_new(&entry, merged(&entry).0))?;
+        }
         let cluster = take(map)?;
         let hung = Entry {
             own: cluster.number,
@@ -323,7 +324,7 @@ impl Disk {
         let new = if entry.alloc == 0 {
             // Nothing of its own: what is under stays under.
             hung
-        } else if rest == 0 || !self.has_data_below(map, lcn, &entry) {
+        } else if !is_merge {
             // Everything not in the old cluster is zeros: the old cluster goes under.
             Entry {
                 under: entry.own,
@@ -368,6 +369,7 @@ impl Disk {
                     zero: entry.zero & !mask,
                     ..entry
                 };
+                map.settle(fill.lcn, mask);
                 map.set(&pool.space, fill.lcn, new, now);
             }
             if fill.end(&mut map) {
@@ -380,12 +382,9 @@ impl Disk {
     }
 }
 
-pub(super) fn check_limit(map: &Map, more: u16) -> Result<(), Stop> {
-    match map.limit_subs {
-        Some(limit) if map.used_subs + u64::from(more.count_ones()) > limit => {
-            Err(Stop::Limit(limit))
-        }
-        Some(_) | None => Ok(()),
+impl From<OverLimit> for Stop {
+    fn from(over: OverLimit) -> Self {
+        Stop::Limit(over.limit_subs)
     }
 }
 

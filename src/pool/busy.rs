@@ -10,6 +10,8 @@ pub struct Busy {
     /// One request writes all of it (a copy, or a first write with zeros around it): nothing else
     /// may write to it or change its entry.
     pub is_exclusive: bool,
+    /// Sub-clusters that are charged to the disk's account, and do not count yet by the entry.
+    pub(super) charged: u16,
     /// Discards that took something away since the oldest of these writes began.
     pub discards: u8,
     /// By sub-cluster, the last of them that took it away.

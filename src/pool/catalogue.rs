@@ -189,7 +189,7 @@ impl Catalogue {
                     }
                     None => {
                         let (tree, none) = (Tree::default(), Generation(0));
-                        let volume = Volume::new(&row, tree, none, none, size);
+                        let volume = Volume::new(&row, tree, none, none);
                         self.put(*row, &Arc::new(volume));
                     }
                 }

@@ -160,7 +160,7 @@ fn replayed(then: &Then<'_>, batches: &[&Batch]) -> Option<Catalogue> {
     for item in then.catalogue.iter() {
         let map = item.volume.map.read();
         let tree: Tree = map.tree.clone();
-        let volume = Volume::new(&item.row, tree, map.last_fork, map.changed, size);
+        let volume = Volume::new(&item.row, tree, map.last_fork, map.changed);
         catalogue.put(item.row.clone(), &Arc::new(volume));
     }
     let mut replay = Replay {

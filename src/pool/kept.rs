@@ -41,7 +41,7 @@ pub(super) fn keep(loaded: &mut Loaded, left: &[Range<u32>]) -> Option<String> {
         reserve: None,
         is_ephemeral: false,
     };
-    let volume = Volume::new(&row, Tree::default(), now, now, size);
+    let volume = Volume::new(&row, Tree::default(), now, now);
     for cluster in left.iter().cloned().flatten() {
         let entry = Entry {
             own: cluster,

@@ -212,7 +212,7 @@ fn load_frozen(
     let mut catalogue = Catalogue::default();
     for disk in frozen.disks {
         let (row, tree) = (disk.row, disk.tree);
-        let volume = Volume::new(&row, tree, disk.last_fork, disk.changed, size);
+        let volume = Volume::new(&row, tree, disk.last_fork, disk.changed);
         catalogue.check_row(&row, size)?;
         if catalogue.get(row.id).is_some() {
             let what = format!("checkpoint image: disk {} twice", row.id);

@@ -39,6 +39,7 @@
 //!
 //! Lock order: leadership (the journal), catalogue, one map, space. No lock is held over I/O.
 
+pub mod account;
 pub mod backlog;
 pub mod bitmap;
 pub mod busy;
@@ -64,7 +65,6 @@ pub mod load;
 pub mod lost;
 pub mod map;
 pub mod open;
-pub mod quota;
 pub mod reclaim;
 pub mod repair;
 pub mod resize;

@@ -1,11 +1,11 @@
 //! Creating, opening and closing a pool: superblock, image, replay, and what is derived from them.
 
+use super::account::Quota;
 use super::derive::derive;
 use super::error::PoolError;
 use super::gate::{ClosedGates, Epochs};
 use super::lead::Commits;
 use super::load::{Loaded, check_len, load, read_superblock};
-use super::quota::Quota;
 use super::space::Space;
 use super::{Ended, Pool};
 use crate::format::superblock::{
@@ -323,8 +323,8 @@ impl Pool {
         for item in self.items() {
             if item.row.limit.is_some() || item.row.reserve.is_some() {
                 let mut map = item.volume.map.write();
-                let quota = Quota::of(&item.row, &map.tree, size);
-                map.restore_quota(&quota, size, &self.space);
+                let quota = Quota::of(&item.row, &map.tree, map.last_fork, size);
+                map.restore_quota(&quota, &self.space);
             }
         }
     }

@@ -300,7 +300,7 @@ mod tests {
             is_ephemeral: false,
         };
         let none = Generation(0);
-        let volume = Volume::new(&row, Tree::default(), none, none, pool.cluster_size());
+        let volume = Volume::new(&row, Tree::default(), none, none);
         let volume = Arc::new(volume);
         pool.change_catalogue(|all| all.put(row, &volume));
         (pool, volume)

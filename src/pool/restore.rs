@@ -221,7 +221,7 @@ impl Dump {
         }
         self.replay.next_disk = self.replay.next_disk.max(row.id.0.saturating_add(1));
         let (last_fork, changed) = (Generation(line.last_fork), Generation(line.changed));
-        let volume = Volume::new(&row, Tree::default(), last_fork, changed, size);
+        let volume = Volume::new(&row, Tree::default(), last_fork, changed);
         self.catalogue.put(row, &Arc::new(volume));
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! The clusters a disk has set aside for its next writes: a run, so that what is written together
 //! lies together.
 
+use super::account::Account;
 use super::error::PoolError;
 use super::space::{Purpose, Space, Taken};
-use super::woken::Woken;
 use std::ops::Range;
 
 /// Most clusters a disk sets aside.
@@ -14,7 +14,6 @@ const CLUSTERS_MAX: u32 = 16;
 pub(super) struct Slab {
     clusters: Range<u32>,
     is_written: bool,
-    is_reserved: bool,
 }
 
 /// A cluster to write to.
@@ -27,29 +26,25 @@ pub struct NewCluster {
 }
 
 impl Slab {
-    /// The next cluster; more are set aside if none is left, from what is reserved for the disk
-    /// while there is any (`reserve_left`, clusters).
+    /// The next cluster; more are set aside if none is left, from what is kept for the disk while
+    /// there is any.
     ///
     /// # Errors
     /// [`PoolError::NoSpace`].
     pub(super) fn take(
         &mut self,
         space: &Space,
-        reserve_left: &mut u32,
+        account: &mut Account,
     ) -> Result<NewCluster, PoolError> {
         if self.clusters.is_empty() {
-            self.is_reserved = *reserve_left > 0;
-            let taken = if self.is_reserved {
-                space.take(CLUSTERS_MAX.min(*reserve_left), Purpose::ReservedData)?
-            } else {
-                space.take(CLUSTERS_MAX, Purpose::Data)?
-            };
+            let (purpose, most) = account.purpose();
+            let taken = space.take(CLUSTERS_MAX.min(most), purpose)?;
             let Taken {
                 clusters,
                 is_written,
             } = taken;
-            if self.is_reserved {
-                *reserve_left -= clusters.end - clusters.start;
+            if purpose == Purpose::ReservedData {
+                account.take_kept(clusters.end - clusters.start);
             }
             self.clusters = clusters;
             self.is_written = is_written;
@@ -61,14 +56,9 @@ impl Slab {
         })
     }
 
-    /// Gives back what was not used. What was reserved is reserved again: the promise stays.
-    /// Returns who waits for space.
-    pub(super) fn give_back(&mut self, space: &Space, reserve_left: &mut u32) -> Woken {
-        if self.is_reserved {
-            *reserve_left += self.len();
-            space.change_disk_reserve(i64::from(self.len()));
-        }
-        space.give_back(std::mem::take(&mut self.clusters), self.is_written)
+    /// Takes out what was not used, and whether it was written before.
+    pub(super) fn empty(&mut self) -> (Range<u32>, bool) {
+        (std::mem::take(&mut self.clusters), self.is_written)
     }
 
     /// Clusters set aside and not used.

@@ -33,18 +33,24 @@ struct Free {
     /// Kept back for checkpoint images.
     image_reserve: u32,
     /// Kept back for disks with a reserve.
-    disk_reserve: u32,
+    disk_reserve: u64,
 }
 
 impl Free {
     /// Clusters that `purpose` may take.
     fn usable(&self, purpose: Purpose) -> u32 {
         let kept = match purpose {
-            Purpose::Data => self.image_reserve.saturating_add(self.disk_reserve),
-            Purpose::ReservedData => self.image_reserve,
-            Purpose::Image => 0,
+            Purpose::Data => u64::from(self.image_reserve) + self.disk_reserve,
+            Purpose::ReservedData => u64::from(self.image_reserve),
+            Purpose::Image => 0_u64,
         };
+        let kept = u32::try_from(kept).unwrap_or(u32::MAX);
         (self.written.len() + self.clean.len()).saturating_sub(kept)
+    }
+
+    fn change_disk_reserve(&mut self, more: i64) {
+        let now = self.disk_reserve.checked_add_signed(more);
+        self.disk_reserve = now.expect("what is given up was kept");
     }
 }
 
@@ -122,8 +128,7 @@ impl Space {
             range
         };
         if purpose == Purpose::ReservedData {
-            let taken = range.end - range.start;
-            free.disk_reserve = free.disk_reserve.saturating_sub(taken);
+            free.change_disk_reserve(-i64::from(range.end - range.start));
         }
         Ok(Taken {
             clusters: range,
@@ -188,8 +193,7 @@ impl Space {
     /// Clusters kept for disks with a reserve: `more` are added or, if negative, given up.
     pub fn change_disk_reserve(&self, more: i64) {
         let mut free = self.free.lock();
-        let now = i64::from(free.disk_reserve).saturating_add(more).max(0);
-        free.disk_reserve = u32::try_from(now).unwrap_or(u32::MAX);
+        free.change_disk_reserve(more);
     }
 
     /// Keeps `more` clusters for disks with a reserve, or gives some up if it is negative: at once
@@ -203,9 +207,14 @@ impl Space {
         if more > i64::from(can) {
             return Err(can);
         }
-        let now = i64::from(free.disk_reserve).saturating_add(more).max(0);
-        free.disk_reserve = u32::try_from(now).unwrap_or(u32::MAX);
+        free.change_disk_reserve(more);
         Ok(())
+    }
+
+    /// Clusters kept for disks with a reserve.
+    #[must_use]
+    pub fn disk_reserve(&self) -> u64 {
+        self.free.lock().disk_reserve
     }
 
     /// Clusters that could be reserved still.
@@ -221,7 +230,8 @@ impl Space {
         SpaceUse {
             clean: free.clean.len(),
             written: free.written.len(),
-            reserved: free.image_reserve.saturating_add(free.disk_reserve),
+            reserved: u32::try_from(u64::from(free.image_reserve) + free.disk_reserve)
+                .unwrap_or(u32::MAX),
         }
     }
 

@@ -1,6 +1,7 @@
 //! One disk or snapshot in memory: its map, the clusters some request is busy with, and the gate its
 //! requests pass. What of the map is not yet in the journal is in `backlog`.
 
+use super::account::Account;
 use super::backlog::{Backlog, unmapped};
 use super::busy::Busy;
 use super::error::PoolError;
@@ -50,14 +51,8 @@ pub struct Map {
     pub last_fork: Generation,
     /// Generation of the last change of the map.
     pub changed: Generation,
-    /// As [`Row::birth_generation`]; its quota counts from there.
-    pub birth: Generation,
-    /// Most sub-clusters it may allocate since then.
-    pub limit_subs: Option<u64>,
-    /// Sub-clusters allocated since then; kept only while there is a limit or a reserve.
-    pub used_subs: u64,
-    /// Clusters still reserved for it.
-    pub reserve_left: u32,
+    /// What it has and may have of the pool.
+    pub account: Account,
     /// Clusters requests are busy with.
     pub busy: HashMap<u32, Busy>,
     /// Requests waiting for one of `busy`.
@@ -76,15 +71,9 @@ pub struct Map {
 }
 
 impl Volume {
-    /// The volume of `row` with the map `tree`.
+    /// The volume of `row` with the map `tree`, without its quota.
     #[must_use]
-    pub fn new(
-        row: &Row,
-        tree: Tree,
-        last_fork: Generation,
-        changed: Generation,
-        size: ClusterSize,
-    ) -> Self {
+    pub fn new(row: &Row, tree: Tree, last_fork: Generation, changed: Generation) -> Self {
         let map = Map {
             id: row.id,
             tree,
@@ -92,10 +81,7 @@ impl Volume {
             base_len: row.base_len,
             last_fork,
             changed,
-            birth: row.birth_generation,
-            limit_subs: None,
-            used_subs: 0,
-            reserve_left: 0,
+            account: Account::new(row.birth_generation),
             busy: HashMap::new(),
             waiting: Vec::new(),
             is_deleted: false,
@@ -105,15 +91,13 @@ impl Volume {
             stalled: Vec::new(),
             slab: Slab::default(),
         };
-        let volume = Self {
+        Self {
             id: row.id,
             gate: Gate::default(),
             map: RwLock::new(map),
             opens: AtomicU32::new(0),
             is_committing: AtomicBool::new(false),
-        };
-        volume.map.write().set_limit(row.limit, size);
-        volume
+        }
     }
 }
 
@@ -131,8 +115,7 @@ impl Map {
         entry.own != 0 && entry.birth > self.last_fork.0
     }
 
-    /// Makes `lcn` map to `new`; references and dirty marks follow. Sub-clusters allocated and
-    /// freed count for the quota.
+    /// Makes `lcn` map to `new`; references, dirty marks and the account follow.
     pub fn set(&mut self, space: &Space, lcn: Lcn, new: Entry, now: Generation) {
         let (leaf_number, place) = leaf_of(lcn);
         let leaf = self.tree.leaf_mut(leaf_number, &space.counts);
@@ -153,25 +136,18 @@ impl Map {
             }
         }
         self.changed = now;
-        self.used_subs = self
-            .used_subs
-            .saturating_add(self.counted_subs(&new))
-            .saturating_sub(self.counted_subs(&old));
-    }
-
-    /// Sub-clusters of `entry` that count for the quota.
-    fn counted_subs(&self, entry: &Entry) -> u64 {
-        let counts = entry.birth > self.birth.0;
-        if counts {
-            u64::from(entry.alloc.count_ones())
-        } else {
-            0
-        }
+        self.count_change(&old, &new);
+        self.balance(space);
     }
 
     /// Whether the own cluster of `lcn` can be, and now is, this disk's alone (I4): its leaf is
     /// made unshared, and then nothing else refers to the cluster, not even a drop on its way (R5).
+    /// What the disk inherited stays as it is: claimed, it could not be told from what the disk has
+    /// allocated itself, and would count for its limit.
     pub fn claim(&mut self, space: &Space, lcn: Lcn, now: Generation) -> bool {
+        if self.get(lcn).birth <= self.account.birth().0 {
+            return false;
+        }
         let (leaf_number, place) = leaf_of(lcn);
         let leaf = self.tree.leaf_mut(leaf_number, &space.counts);
         let mut entry = leaf.entries[place];
@@ -188,12 +164,15 @@ impl Map {
     /// # Errors
     /// [`PoolError::NoSpace`].
     pub fn take_cluster(&mut self, space: &Space) -> Result<NewCluster, PoolError> {
-        self.slab.take(space, &mut self.reserve_left)
+        self.slab.take(space, &mut self.account)
     }
 
     /// Gives back what was set aside and not used. Returns who waits for that.
     pub fn drop_slab(&mut self, space: &Space) -> Woken {
-        self.slab.give_back(space, &mut self.reserve_left)
+        let (clusters, is_written) = self.slab.empty();
+        // Before others can take them: what was reserved stays promised.
+        self.balance(space);
+        space.give_back(clusters, is_written)
     }
 
     /// Clusters set aside and not used.
@@ -210,14 +189,16 @@ impl Map {
         }
     }
 
+    /// All that this disk has may be shared from now on, by a fork in `generation`.
+    pub fn share_all(&mut self, generation: Generation) {
+        self.last_fork = generation;
+        self.count_shared();
+    }
+
     /// Whose space its next cluster comes from.
     #[must_use]
     pub fn purpose(&self) -> Purpose {
-        if self.reserve_left > 0 {
-            Purpose::ReservedData
-        } else {
-            Purpose::Data
-        }
+        self.account.purpose().0
     }
 
     /// Unmaps `count` clusters from `first`. Whole leaves go at once, with one record for all.
@@ -247,6 +228,7 @@ impl Map {
             }
             lcn += 1;
         }
+        self.balance(space);
     }
 
     /// Unmaps `count` leaves from leaf `first`; returns the cluster after them.
@@ -308,18 +290,11 @@ impl Map {
 
     fn forget_leaf(&mut self, old: Option<Shared<Leaf>>) {
         let Some(leaf) = old else { return };
-        let (mut freed, mut clusters) = (0_u64, 0_u32);
-        for entry in &leaf.entries {
-            freed += self.counted_subs(entry);
-            clusters += u32::from(entry.own != 0) + u32::from(entry.under != 0);
-        }
-        self.used_subs = self.used_subs.saturating_sub(freed);
+        let clusters = leaf.entries.iter().flat_map(Entry::clusters);
+        let clusters = clusters.filter(|cluster| *cluster != 0).count();
+        let clusters = u32::try_from(clusters).expect("at most 128 in a leaf");
+        self.count_gone(&leaf);
         self.note_drop(Dropped::Leaf(leaf), clusters);
-    }
-
-    /// Sets the limit from its catalogue form, bytes.
-    pub fn set_limit(&mut self, limit: Option<u64>, size: ClusterSize) {
-        self.limit_subs = limit.map(|bytes| bytes.div_ceil(size.sub_bytes()));
     }
 
     /// Marks `lcn` as having one fill fewer. Whether requests that wait may go on: if they could
@@ -328,16 +303,19 @@ impl Map {
         let Some(busy) = self.busy.get_mut(&lcn.0) else {
             return false;
         };
-        busy.fills = busy.fills.saturating_sub(1);
+        let left = busy.fills.checked_sub(1);
+        busy.fills = left.expect("a fill that ends has begun");
         let is_free = busy.fills == 0 && !busy.is_exclusive;
         if is_free {
-            self.busy.remove(&lcn.0);
+            self.end_exclusive(lcn);
         }
         is_free
     }
 
-    /// Marks `lcn` as no longer one request's alone. Requests that wait may go on.
+    /// Marks `lcn` as no longer one request's alone. Requests that wait may go on. What was charged
+    /// and not allocated is not charged any more.
     pub fn end_exclusive(&mut self, lcn: Lcn) {
+        self.settle(lcn, u16::MAX);
         self.busy.remove(&lcn.0);
     }
 
@@ -353,7 +331,7 @@ impl Map {
     pub fn replay_row(&mut self, row: &Row) {
         self.size = row.size;
         self.base_len = row.base_len;
-        self.birth = row.birth_generation;
+        self.account.set_birth(row.birth_generation);
     }
 
     /// `Err` if clusters `first..first + count` are not in this disk.

@@ -3,7 +3,7 @@
 use super::{Place, explore, spawn};
 use tidepool::format::catalogue::{Row, RowKind};
 use tidepool::format::journal::Entry;
-use tidepool::format::units::{ClusterSize, DiskId, Generation, Lcn};
+use tidepool::format::units::{DiskId, Generation, Lcn};
 use tidepool::pool::counts::Counts;
 use tidepool::pool::map::{Dropped, Tree, leaf_of};
 use tidepool::pool::space::Space;
@@ -110,7 +110,7 @@ fn volume(tree: Tree) -> Volume {
         is_ephemeral: false,
     };
     let now = Generation(1);
-    Volume::new(&row, tree, now, now, ClusterSize::DEFAULT)
+    Volume::new(&row, tree, now, now)
 }
 
 /// A disk claims a cluster to write it in place while the fork it shares the cluster with reads it a

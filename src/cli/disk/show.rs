@@ -47,7 +47,9 @@ fn describe(usage: &PoolUsage, row: &Row, space: &DiskUsage) -> Value {
             "length_bytes": row.base_len,
         })),
         "limit_bytes": row.limit,
+        "limit_used_bytes": space.counted.filter(|_| row.limit.is_some()),
         "reserve_bytes": row.reserve,
+        "reserve_left_bytes": space.reserve_left.filter(|_| row.reserve.is_some()),
         "is_ephemeral": row.is_ephemeral,
         "created": row.created,
     })
@@ -105,6 +107,10 @@ pub(super) fn info(item: &ItemRef) -> Result<Reply, Failure> {
     json["snapshots"] = json!(snapshots);
     json["forks"] = json!(children);
     let size = |bytes: Option<u64>| bytes.map_or("none".to_owned(), human::exact);
+    let of = |bytes: Option<u64>, part: Option<u64>, what: &str| match (bytes, part) {
+        (Some(_), Some(part)) => format!("{}, {} {what}", size(bytes), human::exact(part)),
+        _ => size(bytes),
+    };
     let list = |names: &[&str]| match names {
         [] => "none".to_owned(),
         names => names.join(", "),
@@ -127,8 +133,8 @@ pub(super) fn info(item: &ItemRef) -> Result<Reply, Failure> {
         ("reclaimable", human::exact(space.reclaimable)),
         ("parent", parent(&usage, row).unwrap_or("none").to_owned()),
         ("base", base.unwrap_or_else(|| "none".to_owned())),
-        ("limit", size(row.limit)),
-        ("reserve", size(row.reserve)),
+        ("limit", of(row.limit, space.counted, "used")),
+        ("reserve", of(row.reserve, space.reserve_left, "kept free")),
         (
             "ephemeral",
             if row.is_ephemeral { "yes" } else { "no" }.to_owned(),
