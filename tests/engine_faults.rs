@@ -528,3 +528,60 @@ fn a_merge_that_fails_gives_its_cluster_back() {
     let expected = [bytes(1, SUB), bytes(2, SUB), bytes(3, SUB)].concat();
     assert!(read(&third, 0, 3 * SUB) == expected);
 }
+
+/// A disk's new name was recorded for each of its snapshots, and each snapshot that went with a disk
+/// by itself: with some 2500 the journal of a small pool had no room for it.
+#[test]
+fn a_disk_with_thousands_of_snapshots_is_renamed_and_removed_whole() {
+    const SNAPSHOTS: usize = 3000;
+    let storage = empty(POOL_LEN);
+    let pool = opened(&storage);
+    drop(disk(&pool, "old", CLUSTER));
+    drop(disk(&pool, "old2", CLUSTER));
+    for n in 0..SNAPSHOTS {
+        if n % 500 == 0 {
+            storage.forget_versions();
+        }
+        cowdisk::snapshot(&pool, "old", &format!("s{n}")).expect("snapshots");
+    }
+    pool.close().expect("closes");
+    drop(pool);
+    let made = storage.crash_all_kept();
+    // All have the one name or the other, in memory and after each crash.
+    let named = |storage: &SimStorage| {
+        let pool = opened(&Arc::new(storage.crash_all_kept()));
+        let count = |name: &str| pool.with_catalogue(|all| all.snapshots_of(name).count());
+        let (old, new) = (count("old"), count("new"));
+        assert_eq!(pool.find("new").is_ok(), new > 0, "with its snapshots");
+        assert_eq!(pool.find("old").is_ok(), old > 0, "with its snapshots");
+        pool.find("old2").expect("no snapshot, and not asked for");
+        (old, new)
+    };
+    let mut step = 0;
+    loop {
+        let storage = Arc::new(made.crash_all_kept());
+        let pool = opened(&storage);
+        storage.cut_power_at(step);
+        let renamed = cowdisk::rename(&pool, "old", "new");
+        storage.clear_faults();
+        for image in [storage.crash_all_lost(), storage.crash_all_kept()] {
+            let found = named(&image);
+            let is_whole = found == (SNAPSHOTS, 0) || found == (0, SNAPSHOTS);
+            assert!(is_whole, "{found:?} at {step}");
+        }
+        step += 1;
+        if renamed.is_err() {
+            continue;
+        }
+        let storage = Arc::new(storage.crash_all_lost());
+        assert_eq!(named(&storage), (0, SNAPSHOTS));
+        let pool = opened(&storage);
+        cowdisk::rename(&pool, "new@s7", "new@seven").expect("one alone");
+        pool.find("new@s8").expect("as it was");
+        cowdisk::remove(&pool, "new", true).expect("removes");
+        assert_eq!(pool.items().len(), 1);
+        pool.flush().expect("flushes");
+        assert_eq!(named(&storage.crash_all_lost()), (0, 0));
+        break;
+    }
+}

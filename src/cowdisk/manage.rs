@@ -4,10 +4,10 @@ use super::base::Base;
 use super::error::DiskError;
 use super::fork::same_item;
 use crate::format::catalogue::{BaseFormat, Row, RowKind, check_name};
-use crate::format::journal::{Record, SLOT_LEN, slots_of};
-use crate::format::units::{Generation, SECTOR, bytes_of};
+use crate::format::journal::{Record, SLOT_LEN};
+use crate::format::units::{DiskId, Generation, SECTOR, bytes_of};
 use crate::pool::account::Quota;
-use crate::pool::catalogue::Item;
+use crate::pool::catalogue::{Item, renamed};
 use crate::pool::map::Tree;
 use crate::pool::transaction::Transaction;
 use crate::pool::volume::Volume;
@@ -15,6 +15,7 @@ use crate::pool::{Pool, PoolError, PoolErrorKind};
 use crate::storage::unix_seconds;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// A disk to be made.
@@ -125,12 +126,12 @@ pub fn remove(pool: &Arc<Pool>, name: &str, is_cascading: bool) -> Result<(), Di
     let mut items = vec![pool.find(name)?];
     items.extend(pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect::<Vec<_>>()));
     let drained: Vec<_> = items.iter().map(|item| Arc::clone(&item.volume)).collect();
-    let len = bytes_of(items.len() * SLOT_LEN);
+    let ids: BTreeSet<DiskId> = items.iter().map(|item| item.row.id).collect();
     let change = |transaction: &mut Transaction<'_>| {
         let snapshots: Vec<Item> =
             pool.with_catalogue(|all| all.snapshots_of(name).cloned().collect());
         let first = pool.find(name)?;
-        let is_drained = |now: &Item| items.iter().any(|item| item.row.id == now.row.id);
+        let is_drained = |item: &Item| ids.contains(&item.row.id);
         if !(is_drained(&first) && snapshots.iter().all(is_drained)) {
             return Err(PoolError::InUse {
                 name: name.to_owned(),
@@ -145,23 +146,26 @@ pub fn remove(pool: &Arc<Pool>, name: &str, is_cascading: bool) -> Result<(), Di
         }
         check_unused(&first)?;
         snapshots.iter().try_for_each(check_unused)?;
-        snapshots
-            .iter()
-            .chain([&first])
-            .try_for_each(|item| delete(transaction, item))
+        // One record for all: the snapshots of a disk go with it.
+        let disk = first.row.id;
+        transaction.record(&Record::Delete { disk })?;
+        for item in snapshots.iter().chain([&first]) {
+            delete(transaction, item);
+        }
+        Ok(())
     };
-    match pool.transact_large(&drained, len, change) {
+    match pool.transact(&drained, change) {
         // A full pool can always be emptied.
         Err(e) if e.kind() == PoolErrorKind::NoSpace => {
+            let len = bytes_of(SLOT_LEN);
             Ok(pool.transact_in_rest(&drained, len, change)?)
         }
         result => Ok(result?),
     }
 }
 
-fn delete(transaction: &mut Transaction<'_>, item: &Item) -> Result<(), PoolError> {
+fn delete(transaction: &mut Transaction<'_>, item: &Item) {
     let pool = transaction.pool;
-    transaction.record(&Record::Delete { disk: item.row.id })?;
     let mut map = item.volume.map.write();
     map.is_deleted = true;
     map.replace_tree(Tree::default());
@@ -171,7 +175,6 @@ fn delete(transaction: &mut Transaction<'_>, item: &Item) -> Result<(), PoolErro
     drop(map);
     woken.wake();
     pool.change_catalogue(|all| all.remove(item.row.id));
-    Ok(())
 }
 
 /// Renames a disk; its snapshots follow.
@@ -186,45 +189,21 @@ pub fn rename(pool: &Arc<Pool>, name: &str, new_name: &str) -> Result<(), DiskEr
         let what = format!("`{name}` is a snapshot; it stays with its disk: name it DISK@NEW");
         return Err(PoolError::invalid(what).into());
     }
-    // Counted before, and once more with the lead: a snapshot may come in between.
-    let promised = rows_len(&renamed(pool, name, new_name)?)?;
-    pool.transact_large(&[], promised, |transaction| {
+    pool.transact(&[], |transaction| {
         pool.with_catalogue(|all| all.check_free(new_name))?;
-        let renamed = renamed(pool, name, new_name)?;
-        if rows_len(&renamed)? > promised {
-            let name = name.to_owned();
-            return Err(PoolError::InUse { name });
-        }
-        renamed
-            .into_iter()
-            .try_for_each(|(item, row)| put_row(transaction, &item, row))
-    })?;
-    Ok(())
-}
-
-/// A disk and its snapshots, with the rows they have under a new name.
-fn renamed(pool: &Pool, name: &str, new_name: &str) -> Result<Vec<(Item, Row)>, PoolError> {
-    let mut items = vec![pool.find(name)?];
-    pool.with_catalogue(|all| items.extend(all.snapshots_of(name).cloned()));
-    let rows = items.into_iter().map(|item| {
-        let rest = item.row.name.strip_prefix(name).unwrap_or_default();
-        let name = format!("{new_name}{rest}");
-        let row = Row {
-            name,
+        let item = pool.find(name)?;
+        let named = |item: &Item| Row {
+            name: renamed(&item.row.name, name, new_name),
             ..item.row.clone()
         };
-        (item, row)
-    });
-    Ok(rows.collect())
-}
-
-/// Bytes of records that rows take.
-fn rows_len(rows: &[(Item, Row)]) -> Result<u64, PoolError> {
-    let slots = rows
-        .iter()
-        .map(|(_, row)| slots_of(&Record::Row(Box::new(row.clone()))));
-    let slots: usize = slots.sum::<Result<_, _>>()?;
-    Ok(bytes_of(slots * SLOT_LEN))
+        // One record for all: the snapshots of a disk have its name.
+        pool.with_catalogue(|all| {
+            let mut snapshots = all.snapshots_of(name);
+            snapshots.try_for_each(|item| transaction.check_row(&named(item)))
+        })?;
+        put_row(transaction, &item, named(&item))
+    })?;
+    Ok(())
 }
 
 pub(super) fn put_row(

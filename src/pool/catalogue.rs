@@ -82,12 +82,16 @@ impl Catalogue {
         pairs.map(|(_, child)| *child).collect()
     }
 
-    /// Adds an item, or changes the row of one that is there.
+    /// Adds an item, or changes the row of one that is there. A disk's new name is its snapshots' too.
     pub fn put(&mut self, row: Row, volume: &Arc<Volume>) {
         if let Some(old) = self.items.get(&row.id) {
             self.names.remove(&old.row.name);
             if let Some(parent) = old.row.parent {
                 self.children.remove(&(parent, row.id));
+            }
+            if old.row.name != row.name {
+                let old = old.row.name.clone();
+                self.rename_snapshots(&old, &row.name);
             }
         }
         self.names.insert(row.name.clone(), row.id);
@@ -96,6 +100,19 @@ impl Catalogue {
         }
         let volume = Arc::clone(volume);
         self.items.insert(row.id, Item { row, volume });
+    }
+
+    fn rename_snapshots(&mut self, old: &str, new: &str) {
+        let snapshots: Vec<DiskId> = self.snapshots_of(old).map(|item| item.row.id).collect();
+        for id in snapshots {
+            let Some(item) = self.items.get_mut(&id) else {
+                continue;
+            };
+            let name = renamed(&item.row.name, old, new);
+            self.names.remove(&item.row.name);
+            self.names.insert(name.clone(), id);
+            item.row.name = name;
+        }
     }
 
     /// Takes an item out; its children become children of its parent, unless that changed since
@@ -134,10 +151,21 @@ impl Catalogue {
             let what = format!("disk `{}` has {} bytes", row.name, row.size);
             return Err(PoolError::damaged(what));
         }
-        match self.names.get(&row.name) {
-            Some(id) if *id != row.id => Err(PoolError::damaged(format!(
-                "disks {id} and {} are both named `{}`",
-                row.id, row.name
+        self.check_name(&row.name, row.id)?;
+        let old = self.items.get(&row.id).map(|old| &old.row.name);
+        match old.filter(|old| **old != row.name) {
+            Some(old) => self.snapshots_of(old).try_for_each(|snapshot| {
+                let name = renamed(&snapshot.row.name, old, &row.name);
+                self.check_name(&name, snapshot.row.id)
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_name(&self, name: &str, id: DiskId) -> Result<(), PoolError> {
+        match self.names.get(name) {
+            Some(other) if *other != id => Err(PoolError::damaged(format!(
+                "disks {other} and {id} are both named `{name}`"
             ))),
             Some(_) | None => Ok(()),
         }
@@ -232,11 +260,24 @@ impl Catalogue {
                 target.volume.map.write().become_fork(tree, generation);
             }
             Record::Delete { disk } => {
-                self.remove(disk).ok_or_else(|| unknown(disk))?;
+                let item = self.items.get(&disk).ok_or_else(|| unknown(disk))?;
+                // Its snapshots go with it, in the order in which they went when it was recorded.
+                let snapshots = self.snapshots_of(&item.row.name).map(|item| item.row.id);
+                let gone: Vec<DiskId> = snapshots.chain([disk]).collect();
+                for id in gone {
+                    self.remove(id);
+                }
             }
         }
         Ok(())
     }
+}
+
+/// The name of a snapshot of the disk `old`, which is named `new` from now on.
+#[must_use]
+pub fn renamed(snapshot: &str, old: &str, new: &str) -> String {
+    let rest = snapshot.strip_prefix(old).unwrap_or_default();
+    format!("{new}{rest}")
 }
 
 /// The disk whose entry a record replaces.
