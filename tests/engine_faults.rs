@@ -585,3 +585,110 @@ fn a_disk_with_thousands_of_snapshots_is_renamed_and_removed_whole() {
         break;
     }
 }
+
+/// A store of an embedder's that panics when it writes, if it is told to.
+#[derive(Debug)]
+struct Panicking {
+    inner: Arc<SimStorage>,
+    is_armed: std::sync::atomic::AtomicBool,
+}
+impl Panicking {
+    fn trip(&self) {
+        let is_armed = self.is_armed.load(std::sync::atomic::Ordering::SeqCst);
+        assert!(!is_armed, "a store of an embedder's fails like this");
+    }
+}
+impl Storage for Panicking {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
+        self.trip();
+        self.inner.write_at(buf, offset)
+    }
+    fn write_durable_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
+        self.trip();
+        self.inner.write_durable_at(buf, offset)
+    }
+    fn flush(&self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
+    fn punch(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        self.inner.punch(offset, len)
+    }
+    fn allocate(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        self.inner.allocate(offset, len)
+    }
+    fn len(&self) -> std::io::Result<u64> {
+        self.inner.len()
+    }
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.inner.set_len(len)
+    }
+    fn allocated(&self) -> std::io::Result<u64> {
+        self.inner.allocated()
+    }
+    fn next_data(&self, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
+        self.inner.next_data(offset)
+    }
+    fn hole_writes_max(&self) -> usize {
+        // First writes have their cluster for themselves.
+        0
+    }
+    fn tier(&self) -> tidepool::storage::Tier {
+        self.inner.tier()
+    }
+    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// A store that panics in the middle of a request left its cluster busy, and everybody who came later
+/// waiting for it.
+#[test]
+fn a_store_that_panics_keeps_no_cluster_busy() {
+    let storage = Arc::new(Panicking {
+        inner: empty(POOL_LEN),
+        is_armed: std::sync::atomic::AtomicBool::new(false),
+    });
+    let options = tidepool::pool::OpenOptions::default();
+    let pool = tidepool::pool::Pool::open(Arc::clone(&storage) as Arc<dyn Storage>, &options)
+        .expect("opens");
+    drop(disk(&pool, "p", 8 * CLUSTER));
+    let limit = cowdisk::Settings {
+        limit: Some(Some(8 * CLUSTER)),
+        ..cowdisk::Settings::default()
+    };
+    cowdisk::set(&pool, "p", &limit).expect("sets");
+    let p = Disk::open(&pool, "p").expect("opens");
+    p.write_at(&bytes(1, SUB), 0).expect("writes");
+    cowdisk::snapshot(&pool, "p", "s").expect("snapshots");
+    let panics = |act: &dyn Fn()| {
+        storage
+            .is_armed
+            .store(true, std::sync::atomic::Ordering::SeqCst);
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
+        storage
+            .is_armed
+            .store(false, std::sync::atomic::Ordering::SeqCst);
+        caught.expect_err("the store panicked");
+    };
+    // A fill, a copy of the rest of a block, a copy of a shared one, zeros.
+    panics(&|| drop(p.write_at(&bytes(2, SUB), CLUSTER)));
+    panics(&|| drop(p.write_at(&bytes(2, 512), 2 * CLUSTER)));
+    panics(&|| drop(p.write_at(&bytes(2, 512), 0)));
+    panics(&|| drop(p.write_zeroes(512, 512, true)));
+    for at in 0..4 {
+        p.write_at(&bytes(3, 512), at * CLUSTER)
+            .expect("nobody is in the way");
+        p.write_zeroes(at * CLUSTER, CLUSTER, true)
+            .expect("nor here");
+    }
+    pool.check_accounts().expect("nothing stays charged");
+    p.write_at(&bytes(4, CLUSTER), 0).expect("writes");
+    // In the middle of a batch: what there is of it nobody knows.
+    panics(&|| drop(p.flush()));
+    let refused = p.flush().expect_err("not acknowledged");
+    assert_eq!(refused.kind(), DiskErrorKind::Poisoned, "{refused}");
+    p.write_at(&bytes(5, CLUSTER), 0).expect_err("nor this");
+}

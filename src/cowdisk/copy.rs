@@ -53,6 +53,19 @@ impl CopyJob {
     }
 }
 
+/// Ends a copy when dropped.
+struct Ending<'a> {
+    disk: &'a Disk,
+    job: &'a CopyJob,
+    is_copied: bool,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.disk.end_copy(self.job, self.is_copied);
+    }
+}
+
 /// The blocks to copy so that an entry that is shared gets no deeper, the fewer there can be, and the
 /// cluster that stays under them.
 pub(super) fn merged(entry: &Entry) -> (u16, u32) {
@@ -137,25 +150,32 @@ impl Disk {
     ///
     /// # Errors
     /// The store or base failed; the disk is as it was.
+    #[expect(clippy::needless_pass_by_value, reason = "a job is run once")]
     pub fn run_copy(&self, job: CopyJob) -> Result<(), DiskError> {
+        // A store or base that panics has copied nothing: the cluster is let go of all the same.
+        let mut ending = Ending {
+            disk: self,
+            job: &job,
+            is_copied: false,
+        };
         let moved = self.move_blocks(&job);
-        self.end_copy(job, moved.is_ok());
+        ending.is_copied = moved.is_ok();
         moved
     }
 
     /// Ends a copy that is not run: the disk is as it was.
+    #[expect(clippy::needless_pass_by_value, reason = "a job ends once")]
     pub fn abandon_copy(&self, job: CopyJob) {
-        self.end_copy(job, false);
+        self.end_copy(&job, false);
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "a job ends once")]
-    fn end_copy(&self, job: CopyJob, is_moved: bool) {
+    fn end_copy(&self, job: &CopyJob, is_copied: bool) {
         let pool = self.pool();
         pool.mark_written();
         let mut freed = Woken::default();
         let mut map = self.volume().map.write();
         let is_new_cluster = job.after.own != job.before.own;
-        if is_moved {
+        if is_copied {
             assert_eq!(
                 map.get(job.lcn),
                 job.before,
@@ -167,7 +187,7 @@ impl Disk {
         if is_new_cluster {
             map.end_move(&pool.space);
         }
-        if is_new_cluster && moved.is_err() {
+        if is_new_cluster && !is_copied {
             let cluster = job.after.own;
             freed = pool.space.give_back(cluster..cluster + 1, true);
         }

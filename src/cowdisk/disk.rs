@@ -52,6 +52,19 @@ impl Drop for Handle {
 #[derive(Debug, Clone)]
 pub struct Disk(pub(super) Arc<Handle>);
 
+/// Completes a write when dropped: a store that panics keeps no cluster busy.
+struct Completing<'a> {
+    disk: &'a Disk,
+    plan: &'a mut WritePlan,
+    is_ok: bool,
+}
+
+impl Drop for Completing<'_> {
+    fn drop(&mut self) {
+        self.disk.complete_write(self.plan, self.is_ok);
+    }
+}
+
 /// Wakes a thread that waits in the blocking face.
 struct Unpark(Thread);
 
@@ -273,12 +286,27 @@ impl Disk {
             matches!(step, Step::Ready),
             "a write is never pure metadata"
         );
-        let written = plan.segments().iter().try_for_each(|segment| {
+        self.write_planned(plan, |segment| {
             let from = len_of(u64::from(segment.at));
             let to = from + len_of(u64::from(segment.len));
             self.write_segment(&part[from..to], segment)
-        });
-        self.complete_write(plan, written.is_ok());
+        })
+    }
+
+    /// Writes the segments of a plan, and completes it, whatever becomes of them.
+    fn write_planned(
+        &self,
+        plan: &mut WritePlan,
+        mut write: impl FnMut(&WriteSegment) -> std::io::Result<()>,
+    ) -> Result<(), DiskError> {
+        let mut completing = Completing {
+            disk: self,
+            plan,
+            is_ok: false,
+        };
+        let mut segments = completing.plan.segments().iter();
+        let written = segments.try_for_each(&mut write);
+        completing.is_ok = written.is_ok();
         written.map_err(DiskError::io("writing the pool"))
     }
 
@@ -394,11 +422,9 @@ impl Disk {
     /// Writes zeros where a plan says, and ends it.
     fn write_zero_segments(&self, plan: &mut WritePlan) -> Result<(), DiskError> {
         let zeros = AlignedBuf::new(len_of(u64::from(self.block_size())));
-        let written = plan.segments().iter().try_for_each(|segment| {
+        self.write_planned(plan, |segment| {
             self.write_segment(&zeros[..len_of(u64::from(segment.len))], segment)
-        });
-        self.complete_write(plan, written.is_ok());
-        written.map_err(DiskError::io("writing the pool"))
+        })
     }
 
     /// Makes everything that completed before durable: all disks of the pool share one commit.

@@ -6,7 +6,7 @@ use super::Pool;
 use super::error::PoolError;
 use super::image::{Frozen, FrozenDisk};
 use super::journal::Journal;
-use super::lead::FrozenState;
+use super::lead::{FrozenState, ImageTurn};
 use crate::format::units::{DiskId, Generation};
 use crate::sync::atomic::Ordering;
 
@@ -50,6 +50,7 @@ impl Pool {
                 old @ (FrozenState::None | FrozenState::Waiting(_)) => old,
             }
         };
+        let turn = ImageTurn(self);
         if let FrozenState::Waiting(frozen) = old {
             self.retire(frozen.into_dropped());
         }
@@ -58,7 +59,7 @@ impl Pool {
             .write_image(&frozen)
             .and_then(|written| self.adopt(written, journal));
         self.retire(frozen.into_dropped());
-        self.commits.end_image();
+        drop(turn);
         result.map(|()| true)
     }
 
@@ -78,6 +79,7 @@ impl Pool {
                 }
             }
         };
+        let turn = ImageTurn(self);
         let written = self.write_image(&frozen);
         self.retire(frozen.into_dropped());
         let result = written.and_then(|written| {
@@ -85,7 +87,7 @@ impl Pool {
             let mut leader = leader.expect("no round has the largest number");
             self.adopt(written, leader.journal())
         });
-        self.commits.end_image();
+        drop(turn);
         result.map(|()| true)
     }
 }

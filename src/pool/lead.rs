@@ -57,7 +57,7 @@ impl Commits {
     }
 
     /// No image is being written any more.
-    pub(super) fn end_image(&self) {
+    fn end_image(&self) {
         self.state.lock().frozen = FrozenState::None;
         self.changed.notify_all();
     }
@@ -73,7 +73,7 @@ impl Commits {
 
 /// Leadership: the journal, given back when dropped.
 pub(super) struct Leader<'a> {
-    commits: &'a Commits,
+    pool: &'a Pool,
     journal: Option<Journal>,
 }
 
@@ -87,10 +87,23 @@ impl Leader<'_> {
 
 impl Drop for Leader<'_> {
     fn drop(&mut self) {
-        let mut state = self.commits.state.lock();
+        // What a store that panicked has done of a batch, nobody knows (R10).
+        self.pool.poison_if_panicking();
+        let commits = &self.pool.commits;
+        let mut state = commits.state.lock();
         state.journal = self.journal.take();
         drop(state);
-        self.commits.changed.notify_all();
+        commits.changed.notify_all();
+    }
+}
+
+/// The writing of an image; over when dropped.
+pub(super) struct ImageTurn<'a>(pub(super) &'a Pool);
+
+impl Drop for ImageTurn<'_> {
+    fn drop(&mut self) {
+        self.0.poison_if_panicking();
+        self.0.commits.end_image();
     }
 }
 
@@ -126,7 +139,7 @@ impl Pool {
             commits.changed.notify_all();
         }
         Ok(taken?.map(|journal| Leader {
-            commits,
+            pool: self,
             journal: Some(journal),
         }))
     }

@@ -263,6 +263,15 @@ impl Pool {
         PoolError::Storage { action, source }
     }
 
+    /// R10, for a store that panics in the middle of what must be done wholly.
+    fn poison_if_panicking(&self) {
+        if std::thread::panicking() {
+            let reason = "the store below panicked".to_owned();
+            self.ended.get_or_init(|| Ended::Failed(reason));
+            self.wake_stalled();
+        }
+    }
+
     /// Drops whose records are durable begin their wait for the requests in flight (R6).
     fn retire(&self, drops: Vec<Dropped>) {
         if !drops.is_empty() {

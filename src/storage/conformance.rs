@@ -342,7 +342,7 @@ fn file_in_memory_conforms() {
 /// A loop device over a fresh sparse file; detached when dropped.
 struct Loop {
     device: PathBuf,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Loop {
@@ -369,7 +369,7 @@ impl Loop {
             let device = String::from_utf8_lossy(&output.stdout).trim().to_owned();
             if !device.is_empty() {
                 let device = PathBuf::from(device);
-                return Ok(Self { device, _dir: dir });
+                return Ok(Self { device, dir });
             }
         }
         Err("losetup named no device".to_owned())
@@ -423,6 +423,40 @@ fn block_devices_conform() {
         run(|| device.subject("loop device"));
         claimed_or_too_small_is_refused(&device);
     }
+}
+
+/// Told as "no space", it was waited for, a minute for each request.
+#[test]
+fn a_device_that_was_made_smaller_is_no_full_one() {
+    let device = match Loop::new("512") {
+        Ok(device) => device,
+        Err(reason) => {
+            eprintln!("skipped: no loop device: {reason}");
+            return;
+        }
+    };
+    let store = device.create_new();
+    let shrunk = Command::new("truncate")
+        .args(["--size", &(DEVICE_LEN / 2).to_string()])
+        .arg(device.dir.path().join("backing"))
+        .status();
+    assert!(shrunk.unwrap().success());
+    let resized = Command::new("losetup")
+        .arg("-c")
+        .arg(&device.device)
+        .status();
+    assert!(resized.unwrap().success());
+    store.write_at(&[1; 512], 0).unwrap();
+    let last = DEVICE_LEN as u64 - 512;
+    let ended = store.write_at(&[1; 512], last).unwrap_err();
+    assert_ne!(ended.kind(), ErrorKind::StorageFull, "{ended}");
+    assert!(
+        ended.to_string().contains("bytes when it was opened"),
+        "{ended}"
+    );
+    store.read_at(&mut [0; 512], last).unwrap_err();
+    let full = ErrorKind::StorageFull.into();
+    assert_ne!(store.failure(full).kind(), ErrorKind::StorageFull);
 }
 
 /// Opens what this process has closed. A child that another test starts has a copy of every lock until

@@ -342,7 +342,7 @@ impl FileStorage {
             None => write(&self.file, buf, offset),
             Some(align) => self.write_bounced(buf, offset, align, write),
         }
-        .map_err(full)
+        .map_err(|error| self.failure(error))
     }
 }
 
@@ -516,6 +516,22 @@ impl Storage for FileStorage {
     fn hole_writes_max(&self) -> usize {
         let is_slow = matches!(self.tier, Tier::Direct { .. }) && !self.is_block_device();
         if is_slow { HOLE_WRITES_MAX } else { usize::MAX }
+    }
+
+    /// A device says "no space" beyond its end too, where no waiting helps.
+    fn failure(&self, error: io::Error) -> io::Error {
+        let error = full(error);
+        if error.kind() != ErrorKind::StorageFull || !self.is_block_device() {
+            return error;
+        }
+        let len = self.len.load(Ordering::Acquire);
+        match sys::device_len(&self.file) {
+            Ok(have) if have >= len => error,
+            Ok(have) => io::Error::other(format!(
+                "the device had {len} bytes when it was opened, and has {have} now"
+            )),
+            Err(gone) => gone,
+        }
     }
 
     fn tier(&self) -> Tier {

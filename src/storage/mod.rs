@@ -138,6 +138,11 @@ pub trait Storage: Send + Sync + Debug {
         usize::MAX
     }
 
+    /// What `error`, of an operation on [`Storage::as_fd`], is in the terms of this contract.
+    fn failure(&self, error: io::Error) -> io::Error {
+        error
+    }
+
     /// How a ring must treat [`Storage::as_fd`].
     fn tier(&self) -> Tier;
 

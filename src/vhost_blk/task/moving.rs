@@ -238,6 +238,8 @@ impl Task {
 
     pub(super) fn note(&mut self, mover: &Mover<'_>, result: std::io::Result<()>) {
         if let Err(error) = result {
+            let storage = mover.lane.device.disk.pool().storage();
+            let error = storage.failure(error);
             let is_full = matches!(
                 error.kind(),
                 std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
