@@ -102,25 +102,41 @@ impl Port {
         &self.path
     }
 
-    /// Removes the socket, ends the session, if there is one, and waits until its queues are
-    /// drained.
+    /// As [`Port::begin_closing`] and [`Port::wait_closed`], for one port.
+    pub(super) fn close(&self) {
+        self.wait_closed(self.begin_closing());
+    }
+
+    /// Removes the socket and ends the session, if there is one. Says until when its client may take
+    /// the reply that it asked for, if it did.
     ///
     /// The client hears of it last. It goes by the used rings from the moment we hang up (QEMU sets
     /// a queue back to its used index and comes again), so nothing may be completed after that:
     /// only our reading ends here, and the session hangs up when its queues are drained.
-    pub(super) fn close(&self) {
+    pub(super) fn begin_closing(&self) -> Instant {
         let mut client = self.client.lock();
         if !std::mem::replace(&mut client.is_closed, true) {
             // Fails if somebody removed it already.
             drop(fs::remove_file(&self.path));
         }
         client.shut(Shutdown::Read);
+        clock::now() + MESSAGE_TIME_MAX
+    }
+
+    /// Waits until the session has ended and its queues are drained. A client that has not taken its
+    /// reply at `deadline` is cut off.
+    pub(super) fn wait_closed(&self, deadline: Instant) {
+        let mut client = self.client.lock();
         while client.is_running {
-            let waited = self.changed.wait_for(&mut client, MESSAGE_TIME_MAX);
-            if waited.timed_out() && !client.is_draining {
-                // It does not take the reply that it asked for.
+            let left = deadline.saturating_duration_since(clock::now());
+            if !left.is_zero() {
+                self.changed.wait_for(&mut client, left);
+                continue;
+            }
+            if !client.is_draining {
                 client.shut(Shutdown::Both);
             }
+            self.changed.wait(&mut client);
         }
     }
 

@@ -36,7 +36,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Weak;
 use std::sync::mpsc::SyncSender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -265,6 +265,10 @@ impl Server {
     fn retire(&self, port: &Arc<Port>) -> Result<(), ServeError> {
         self.reception.remove(port);
         port.close();
+        Self::flush(port)
+    }
+
+    fn flush(port: &Port) -> Result<(), ServeError> {
         let disk = &port.device.disk;
         if disk.is_read_only() {
             return Ok(());
@@ -313,14 +317,19 @@ impl Server {
             drop(acceptor.join());
         }
         let ports = std::mem::take(&mut *self.ports.lock());
-        let mut outcome = Ok(());
-        for port in ports.list.into_values() {
-            let retired = self.retire(&port);
-            if outcome.is_ok() {
-                outcome = retired;
-            }
+        // All end at the same time: with one after the other, clients that take no replies would
+        // have their patience added up.
+        let ending = ports.list.into_values().map(|port| {
+            self.reception.remove(&port);
+            let deadline = port.begin_closing();
+            (port, deadline)
+        });
+        let ending: Vec<(Arc<Port>, Instant)> = ending.collect();
+        for (port, deadline) in &ending {
+            port.wait_closed(*deadline);
         }
-        outcome
+        let flushes = ending.iter().map(|(port, _)| Self::flush(port));
+        flushes.fold(Ok(()), Result::and)
     }
 
     /// Worker threads.

@@ -2,8 +2,10 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use tidepool::sys::clock;
 use tidepool::vhost_blk::{ServeError, Server};
 
 use crate::client::{Ram, Random, WRITE, feature, req, seed};
@@ -449,18 +451,33 @@ fn a_hang_up_comes_after_the_last_completion() {
 }
 
 #[test]
-fn a_client_that_takes_no_replies_is_left_behind() {
+fn clients_that_take_no_replies_are_left_behind_together() {
     let bench = Bench::new(Kind::Memory, SIZE, false);
-    let mut guest = Guest::boot(&bench.socket, MODERN);
+    let dir = bench.dir.path();
+    let mut sockets = vec![bench.socket.clone()];
+    for name in ["b", "c", "d", "e"] {
+        let disk = disk::make(dir, name, SIZE, Kind::Memory, false);
+        let socket = dir.join(name);
+        bench.server.add(disk, &socket, 4).expect("served");
+        sockets.push(socket);
+    }
+    let boot = |socket: &PathBuf| Guest::boot(socket, MODERN);
+    let mut guests: Vec<Guest> = sockets.iter().map(boot).collect();
     // Until nothing more fits, in either direction.
-    let deaf = guest
-        .wire
-        .stream
-        .set_write_timeout(Some(Duration::from_millis(200)));
-    deaf.expect("timeout");
-    while guest.wire.post(req::GET_FEATURES) {}
+    for guest in &mut guests {
+        let deaf = guest
+            .wire
+            .stream
+            .set_write_timeout(Some(Duration::from_millis(50)));
+        deaf.expect("timeout");
+        while guest.wire.post(req::GET_FEATURES) {}
+    }
+    let began = clock::now();
     bench.server.shutdown().expect("shut down");
-    guest.wire.wait_hangup();
+    let took = began.elapsed();
+    guests.iter_mut().for_each(|guest| guest.wire.wait_hangup());
+    // Each may take ten seconds.
+    assert!(took < Duration::from_secs(19), "{took:?}");
 }
 
 #[test]
