@@ -14,12 +14,24 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
 
 use super::mapping::Mapping;
 
 /// Most buffers one vectored call may carry (`IOV_MAX`, uio(7)).
 pub const IOV_MAX: usize = 1024;
+
+/// Whether `file` is memory and nothing else: a memfd, or a file on tmpfs or hugetlbfs. A touch of
+/// anything else that is mapped may wait for storage, a network, or whoever serves a FUSE file, for
+/// as long as they like.
+///
+/// Asked by way of its seals, which only these have: statfs(2), or a look at its length, would ask
+/// whoever serves it.
+#[must_use]
+pub fn is_memory(file: &File) -> bool {
+    fcntl(file, FcntlArg::F_GET_SEALS).is_ok()
+}
 
 /// One region of guest memory, mapped.
 #[derive(Debug, Clone)]

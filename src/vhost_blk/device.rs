@@ -22,6 +22,8 @@ pub(super) struct Device {
     pub(super) queues_max: u16,
     pub(super) flusher: Arc<Flusher>,
     helpers: DiskHelpers,
+    /// Guest memory may be in files of any kind.
+    pub(super) any_memory: bool,
     /// Sessions that lost their memory.
     lost_sessions: Counter,
     /// The `writeback` field of the configuration space. As it was written last, through resets
@@ -50,12 +52,14 @@ impl Device {
         flusher: Arc<Flusher>,
         helpers: DiskHelpers,
         events: Option<SyncSender<Event>>,
+        any_memory: bool,
     ) -> Self {
         Self {
             disk,
             queues_max,
             flusher,
             helpers,
+            any_memory,
             lost_sessions: Counter::default(),
             writeback: AtomicBool::new(true),
             is_agreed: AtomicBool::new(false),

@@ -68,6 +68,10 @@ pub struct ServerOptions {
     /// How long at most, in microseconds, a worker looks for more requests before it sleeps, where
     /// that has paid lately; 0 for not at all. At most [`POLLING_US_MAX`].
     pub polling_us: u32,
+    /// Takes guest memory in files of any kind. A worker that touches memory of a file whose storage
+    /// hangs does so too, with all the disks that it serves: without this only memfds and files on
+    /// tmpfs and hugetlbfs are taken.
+    pub any_memory: bool,
 }
 
 impl Default for ServerOptions {
@@ -77,6 +81,7 @@ impl Default for ServerOptions {
             workers: cpus.min(4),
             no_space_timeout: Duration::from_secs(60),
             polling_us: 0,
+            any_memory: false,
         }
     }
 }
@@ -126,6 +131,7 @@ pub struct Server {
     acceptor: Option<JoinHandle<()>>,
     ports: Mutex<Ports>,
     events: Option<SyncSender<Event>>,
+    any_memory: bool,
 }
 
 /// Found without a look at the others: there may be tens of thousands.
@@ -174,6 +180,7 @@ impl Server {
             workers,
             no_space_timeout,
             polling_us,
+            any_memory,
         } = options;
         let polling = Duration::from_micros(polling_us.min(POLLING_US_MAX).into());
         let options = WorkerOptions {
@@ -208,6 +215,7 @@ impl Server {
             acceptor: Some(acceptor),
             ports: Mutex::new(Ports::default()),
             events,
+            any_memory,
         })
     }
 
@@ -232,7 +240,9 @@ impl Server {
         let flusher = ports.flusher(&disk).map_err(ServeError::Thread)?;
         let helpers = self.helpers.of(&disk);
         let events = self.events.clone();
-        let device = Arc::new(Device::new(disk, queues_max, flusher, helpers, events));
+        let any_memory = self.any_memory;
+        let device = Device::new(disk, queues_max, flusher, helpers, events, any_memory);
+        let device = Arc::new(device);
         let failed = |source| ServeError::Socket {
             path: socket.to_owned(),
             source,

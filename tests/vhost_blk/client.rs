@@ -48,7 +48,7 @@ impl Ram {
         Self::on(file.expect("a file on tmpfs"), gpa, len)
     }
 
-    fn on(file: File, gpa: u64, len: usize) -> Self {
+    pub fn on(file: File, gpa: u64, len: usize) -> Self {
         file.set_len(u64::try_from(len).expect("length"))
             .expect("set_len");
         let shared = file.try_clone().expect("dup");

@@ -47,6 +47,7 @@ pub fn options() -> ServerOptions {
         workers: 2,
         no_space_timeout: Duration::from_secs(5),
         polling_us: 0,
+        any_memory: false,
     }
 }
 

@@ -350,6 +350,40 @@ fn eventfds_that_block_hold_up_nobody() {
 }
 
 #[test]
+fn memory_that_is_no_memory_is_refused_unless_asked_for() {
+    for any_memory in [false, true] {
+        let options = ServerOptions {
+            any_memory,
+            ..crate::guest::options()
+        };
+        let bench = Bench::with(options, |dir| {
+            disk::make(dir, "disk", SIZE, Kind::Memory, false)
+        });
+        for slots in [false, true] {
+            let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).expect("a file");
+            if fcntl(&file, FcntlArg::F_GET_SEALS).is_ok() {
+                continue; // built on tmpfs
+            }
+            let style = Style { slots, ..MODERN };
+            let booted = Guest::try_boot_on(Ram::on(file, GPA, RAM), &bench.socket, style);
+            assert_eq!(booted.is_some(), any_memory);
+            if let Some(mut guest) = booted {
+                assert_eq!(guest.write(0, 0, &[4; 512]), OK);
+                continue;
+            }
+            let event = bench.events.recv_timeout(SOON).expect("it is said");
+            assert_eq!(event.kind, EventKind::SessionRefused);
+            let reason = event.reason;
+            for words in [env!("CARGO_TARGET_TMPDIR"), "memory-backend-memfd"] {
+                assert!(reason.contains(words), "{reason}");
+            }
+        }
+        let mut guest = Guest::boot(&bench.socket, MODERN);
+        assert_eq!(guest.write(0, 0, &[5; 512]), OK);
+    }
+}
+
+#[test]
 fn sessions_of_nonsense_end_and_the_next_client_is_served() {
     let bench = Bench::new(Kind::Memory, SIZE, false);
     let attacks: [(&str, Attack); 9] = [

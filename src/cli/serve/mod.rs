@@ -81,6 +81,10 @@ pub(super) struct Serve {
     /// Serve everything read-only, and leave the pools as they are.
     #[arg(long)]
     read_only: bool,
+    /// Take guest memory in files of any kind, not only in memory: if the storage of such a file
+    /// hangs, the disks that are served with it do too.
+    #[arg(long)]
+    any_memory: bool,
     /// When freed space goes back to the host.
     #[arg(long = "return", value_enum, default_value_t, value_name = "WHEN")]
     returning: ReturnArg,
@@ -228,6 +232,7 @@ fn run(
     let mut options = ServerOptions {
         no_space_timeout: Duration::from_secs(args.no_space_timeout.into()),
         polling_us: args.polling,
+        any_memory: args.any_memory,
         ..ServerOptions::default()
     };
     if let Some(workers) = args.workers {

@@ -76,6 +76,8 @@ struct State {
 /// See the module.
 pub(in crate::vhost_blk) struct Session {
     state: Mutex<State>,
+    /// Guest memory may be in files of any kind.
+    any_memory: bool,
     /// Told when a whole message has arrived.
     heard: Box<dyn Fn() + Send + Sync>,
 }
@@ -256,6 +258,7 @@ impl Session {
         draining: impl FnOnce(),
     ) {
         let queues = usize::from(device.queues_max);
+        let any_memory = device.any_memory;
         let leash = Arc::new(Leash::new(Arc::clone(&device), handle));
         let state = State {
             device,
@@ -270,6 +273,7 @@ impl Session {
         };
         let session = Arc::new(Self {
             state: Mutex::new(state),
+            any_memory,
             heard,
         });
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));

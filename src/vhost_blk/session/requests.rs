@@ -1,6 +1,7 @@
 //! The vhost-user requests, one function each.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -11,7 +12,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 
 use crate::sync::Arc;
 use crate::sys::fd::EventFd;
-use crate::sys::mmap::Region;
+use crate::sys::mmap::{Region, is_memory};
 use crate::vhost_blk::mailbox::Message;
 use crate::virtio::blk;
 use crate::virtio::queue::QUEUE_SIZE_MAX;
@@ -30,6 +31,24 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Region> {
     } = *region;
     Region::map(file, guest_phys_addr, memory_size, user_addr, mmap_offset)
         .map_err(Error::ReqHandlerError)
+}
+
+impl Session {
+    /// Whether `file` may be guest memory. To be asked before anything else is done with it.
+    fn check_memory(&self, file: &File) -> Result<()> {
+        if self.any_memory || is_memory(file) {
+            return Ok(());
+        }
+        (self.heard)();
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let name = name.unwrap_or_default();
+        Err(refused(format!(
+            "guest memory is in {}, which is not a memfd and not on tmpfs or hugetlbfs, and may \
+             hang or fail under whoever touches it (QEMU: -object memory-backend-memfd,share=on; \
+             Cloud Hypervisor: --memory shared=on; or serve with --any-memory)",
+            name.display()
+        )))
+    }
 }
 
 fn adopt(file: Option<File>) -> Result<Option<Arc<EventFd>>> {
@@ -86,6 +105,7 @@ impl VhostUserBackendReqHandler for Session {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<RegionBase>>> {
+        files.iter().try_for_each(|file| self.check_memory(file))?;
         let mut state = self.lock();
         let regions: Result<Vec<Region>> = table
             .iter()
@@ -222,6 +242,7 @@ impl VhostUserBackendReqHandler for Session {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<RegionBase>> {
+        self.check_memory(&file)?;
         let mut state = self.lock();
         let mut regions = state.regions.clone();
         // One that is there already takes the former's place.
