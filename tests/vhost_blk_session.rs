@@ -17,6 +17,8 @@ mod data;
 mod disk;
 #[path = "vhost_blk/guest.rs"]
 mod guest;
+#[path = "vhost_blk/hang.rs"]
+mod hang;
 #[path = "vhost_blk/host.rs"]
 mod host;
 #[path = "vhost_blk/hostile.rs"]

@@ -79,6 +79,11 @@ impl Device {
         self.helpers.submit(me, work, ticket);
     }
 
+    /// Tells nobody anything any more.
+    pub(super) fn silence(&self) {
+        self.reporter.close();
+    }
+
     pub(super) fn features(&self) -> u64 {
         blk::features(self.disk.is_read_only(), self.queues_max > 1)
     }

@@ -62,12 +62,12 @@ struct Recent {
     since: Instant,
     reported: u32,
     left_out: u64,
+    to: Option<SyncSender<Event>>,
 }
 
 /// Where one disk reports to.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    to: Option<SyncSender<Event>>,
     /// Lock order: taken last.
     recent: Mutex<Recent>,
 }
@@ -78,17 +78,22 @@ impl Reporter {
             since: clock::now(),
             reported: 0,
             left_out: 0,
+            to,
         };
         Self {
-            to,
             recent: Mutex::new(recent),
         }
     }
 
+    /// Lets go of whom it reports to.
+    pub(super) fn close(&self) {
+        self.recent.lock().to = None;
+    }
+
     /// Reports, unless there was much to report just now or nobody takes it.
     pub(super) fn report(&self, disk: &str, kind: EventKind, reason: &dyn fmt::Display) {
-        let Some(to) = &self.to else { return };
         let mut recent = self.recent.lock();
+        let Some(to) = recent.to.clone() else { return };
         let now = clock::now();
         if now.saturating_duration_since(recent.since) >= WINDOW {
             (recent.since, recent.reported) = (now, 0);

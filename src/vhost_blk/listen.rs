@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::format::units::bytes_of;
-use crate::sync::{Arc, Condvar, Mutex, Vital, spawn_named};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, Vital, spawn_named};
 use crate::sys::clock;
 use crate::sys::fd::Event;
 
@@ -27,6 +27,8 @@ pub(super) const PATH_BYTES_MAX: usize = 107;
 /// How long a client may take from the first byte of a message to the last, or to take a reply.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often that is looked at while there are clients.
+/// How long a session may take to end once its client was cut off.
+const END_TIME_MAX: Duration = Duration::from_secs(1);
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long nobody is accepted after descriptors, threads or memory ran out: who waits, waits on.
@@ -43,6 +45,7 @@ struct Client {
     message_began: Option<Instant>,
     /// No further message is read; what waits is for the queues to end.
     is_draining: bool,
+    session: Option<Arc<Session>>,
 }
 
 impl Client {
@@ -125,18 +128,35 @@ impl Port {
 
     /// Waits until the session has ended and its queues are drained. A client that has not taken its
     /// reply at `deadline` is cut off.
+    ///
+    /// A session that is held up even then is left behind, its queues drained by us: it is closing a
+    /// descriptor that its client sent, of a file on FUSE, and whoever serves that file does not
+    /// answer. Nothing can end such a close(2).
     pub(super) fn wait_closed(&self, deadline: Instant) {
         let mut client = self.client.lock();
+        self.wait_until(&mut client, deadline);
+        if client.is_running && !client.is_draining {
+            client.shut(Shutdown::Both);
+            self.wait_until(&mut client, deadline + END_TIME_MAX);
+        }
+        while client.is_running && client.is_draining {
+            self.changed.wait(&mut client);
+        }
+        if client.is_running {
+            let session = client.session.clone();
+            drop(client);
+            session.iter().for_each(|session| session.end());
+            self.device.silence();
+        }
+    }
+
+    fn wait_until(&self, client: &mut MutexGuard<'_, Client>, deadline: Instant) {
         while client.is_running {
             let left = deadline.saturating_duration_since(clock::now());
-            if !left.is_zero() {
-                self.changed.wait_for(&mut client, left);
-                continue;
+            if left.is_zero() {
+                return;
             }
-            if !client.is_draining {
-                client.shut(Shutdown::Both);
-            }
-            self.changed.wait(&mut client);
+            self.changed.wait_for(client, left);
         }
     }
 
@@ -414,6 +434,7 @@ fn release(port: &Port) {
 fn serve(port: &Arc<Port>, stream: UnixStream, handle: Arc<UnixStream>, pick: PickWorker) {
     let peek = Arc::clone(&handle);
     let (begins, heard, drains) = (Arc::clone(port), Arc::clone(port), Arc::clone(port));
+    let shown = Arc::clone(port);
     let next = move || {
         // Between messages a client may take as long as it likes.
         let mut fds = [PollFd::new(peek.as_fd(), PollFlags::POLLIN)];
@@ -429,6 +450,9 @@ fn serve(port: &Arc<Port>, stream: UnixStream, handle: Arc<UnixStream>, pick: Pi
     };
     let heard = Box::new(move || heard.client.lock().message_began = None);
     let draining = move || drains.client.lock().is_draining = true;
+    let begun = move |session: &Arc<Session>| {
+        shown.client.lock().session = Some(Arc::clone(session));
+    };
     let device = Arc::clone(&port.device);
-    Session::serve(device, stream, handle, pick, heard, next, draining);
+    Session::serve(device, stream, handle, pick, heard, begun, next, draining);
 }

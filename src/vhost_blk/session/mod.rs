@@ -14,6 +14,7 @@
 
 mod requests;
 
+use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::sync_channel;
@@ -71,6 +72,8 @@ struct State {
     regions: Vec<Region>,
     memory: Arc<GuestMemory>,
     vrings: Vec<Vring>,
+    /// Nothing is started any more.
+    is_over: bool,
 }
 
 /// See the module.
@@ -116,6 +119,7 @@ impl State {
     /// Starts a ring that has all it needs; one that has not, or runs already, stays as it is.
     fn start_if_ready(&mut self, index: u32) -> Result<()> {
         let (features, memory) = (self.features, Arc::clone(&self.memory));
+        let is_over = self.is_over;
         let (device, leash) = (Arc::clone(&self.device), Arc::clone(&self.leash));
         let slot = usize::try_from(index).unwrap_or(usize::MAX);
         let worker = (self.pick)(slot);
@@ -123,7 +127,7 @@ impl State {
         let (Some(at), Some(kick), None) = (vring.at, &vring.kick, &vring.running) else {
             return Ok(());
         };
-        if !vring.is_enabled || vring.size == 0 {
+        if is_over || !vring.is_enabled || vring.size == 0 {
             return Ok(());
         }
         let rings = Self::rings(&memory, at)?;
@@ -244,9 +248,15 @@ impl State {
     }
 }
 
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Session")
+    }
+}
+
 impl Session {
     /// Serves `stream`, which is `handle` too, until its client leaves or breaks the protocol, drains its queues, and
-    /// hangs up. Calls `next` before each message, `heard` when it is whole, `draining` after the
+    /// hangs up. Calls `begun` at the start, `next` before each message, `heard` when it is whole, `draining` after the
     /// last.
     pub(in crate::vhost_blk) fn serve(
         device: Arc<Device>,
@@ -254,6 +264,7 @@ impl Session {
         handle: Arc<UnixStream>,
         pick: PickWorker,
         heard: Box<dyn Fn() + Send + Sync>,
+        begun: impl FnOnce(&Arc<Self>),
         mut next: impl FnMut() -> bool,
         draining: impl FnOnce(),
     ) {
@@ -270,12 +281,14 @@ impl Session {
             vrings: std::iter::repeat_with(Vring::default)
                 .take(queues)
                 .collect(),
+            is_over: false,
         };
         let session = Arc::new(Self {
             state: Mutex::new(state),
             any_memory,
             heard,
         });
+        begun(&session);
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
         while next() {
             if let Err(error) = requests.handle_request() {
@@ -284,7 +297,14 @@ impl Session {
             }
         }
         draining();
-        session.state.lock().stop_all();
+        session.end();
+    }
+
+    /// Drains the queues, for good.
+    pub(in crate::vhost_blk) fn end(&self) {
+        let mut state = self.state.lock();
+        state.is_over = true;
+        state.stop_all();
     }
 
     fn lock(&self) -> crate::sync::MutexGuard<'_, State> {
