@@ -12,6 +12,8 @@ use cli::Shell;
 use serde_json::Value;
 use small::Small;
 use std::fs;
+use std::io::Write;
+use std::process::Stdio;
 
 /// A pool `p` with the disk `a` over the base `base.raw`, and another pool `q`.
 fn two_pools() -> Shell {
@@ -260,4 +262,101 @@ fn names_are_listed_in_their_natural_order() {
     expected.extend((1..=11).map(|n| format!("vm-{n}")));
     assert_eq!(names("ls"), expected);
     assert_eq!(names("tree"), expected);
+}
+
+#[test]
+fn many_disks_are_removed_by_one_command() {
+    let shell = Shell::new();
+    shell.pool();
+    shell.ok(&["disk", "create", "p:vm", "--size", "1M"]);
+    shell.ok(&["disk", "fork", "p:vm", "vm", "-n", "12"]);
+    shell.ok(&["disk", "snapshot", "p:vm@a"]);
+    shell.ok(&["disk", "snapshot", "p:vm-12@a"]);
+    let names = || {
+        let all = shell.json(&["disk", "ls", "p"]);
+        let all = all["disks"].as_array().expect("a list").clone();
+        let names = all.iter().filter_map(|disk| disk["name"].as_str());
+        names.map(str::to_owned).collect::<Vec<_>>()
+    };
+    // One that is not there, or fits nothing, and nothing is removed.
+    for wrong in ["p:nope", "p:x*", "p:vm-?@b"] {
+        let outcome = shell.run(&["disk", "rm", "p:vm-1", wrong, "-o", "json"]);
+        assert_eq!(outcome.error()["kind"], "not_found", "{outcome:?}");
+    }
+    assert_eq!(names().len(), 15);
+    let removed = shell.json(&["disk", "rm", "p:vm-?", "p:vm@a", "p:vm-10"]);
+    let expected = [
+        "vm@a", "vm-1", "vm-2", "vm-3", "vm-4", "vm-5", "vm-6", "vm-7", "vm-8", "vm-9", "vm-10",
+    ];
+    assert_eq!(removed["names"], Value::from(expected.to_vec()));
+    assert_eq!(names(), ["vm", "vm-11", "vm-12", "vm-12@a"]);
+    // What went before an error is said.
+    let outcome = shell.run(&["disk", "rm", "p:*", "-o", "json"]);
+    assert_eq!(outcome.error()["kind"], "has_dependents", "{outcome:?}");
+    let hint = outcome.error()["hint"].as_str().expect("a hint").to_owned();
+    assert!(hint.contains("vm, vm-11"), "{hint}");
+    shell.ok(&["disk", "rm", "p:*", "--cascade"]);
+    assert_eq!(names(), [""; 0]);
+    let outcome = shell.run(&["disk", "rm", "p:a", "q:b"]);
+    assert_eq!(outcome.code, 2, "{outcome:?}");
+}
+
+/// Runs a command with `bytes` as its standard input.
+fn with_input(shell: &Shell, args: &[&str], bytes: &[u8]) -> (bool, String) {
+    let mut child = shell
+        .command(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut input = child.stdin.take().expect("piped");
+    // Who refuses what comes does not read it to its end.
+    drop(input.write_all(bytes));
+    drop(input);
+    let output = child.wait_with_output().expect("ends");
+    let text = String::from_utf8(output.stderr).expect("UTF-8");
+    (output.status.success(), text)
+}
+
+#[test]
+fn a_stream_is_imported_as_it_comes() {
+    let shell = Shell::new();
+    shell.ok(&["pool", "create", "p", "--size", "64M"]);
+    shell.image("image", (5 << 20) + 1024, 3);
+    let mut bytes = fs::read(shell.path("image")).expect("reads");
+    let import = ["disk", "import", "-", "p:a", "-o", "json"];
+    let (is_done, said) = with_input(&shell, &import, &bytes);
+    assert!(is_done, "{said}");
+    assert_eq!(
+        shell.json(&["disk", "info", "p:a"])["size_bytes"],
+        (5 << 20) + 1024
+    );
+    assert!(shell.ok_bytes(&["disk", "export", "p:a", "-"]) == bytes);
+    // A length that is no number of sectors is filled up.
+    bytes.truncate(1000);
+    let (is_done, said) = with_input(&shell, &["disk", "import", "-", "p:b"], &bytes);
+    assert!(is_done, "{said}");
+    bytes.resize(1024, 0);
+    assert!(shell.ok_bytes(&["disk", "export", "p:b", "-"]) == bytes);
+    for (bytes, says) in [
+        (&b""[..], "nothing in the image"),
+        (b"QFI\xfb\0\0\0\x03 and so on", "qcow2"),
+        (b"\x1f\x8b\x08 and so on", "gzip"),
+    ] {
+        let (is_done, said) = with_input(&shell, &["disk", "import", "-", "p:c"], bytes);
+        assert!(!is_done && said.contains(says), "{said}");
+    }
+    let (is_done, said) = with_input(
+        &shell,
+        &["disk", "import", "-", "p:c", "--format", "qcow2"],
+        b"",
+    );
+    assert!(!is_done && said.contains("standard input"), "{said}");
+    let names = shell.json(&["disk", "ls", "p"]);
+    assert_eq!(
+        names["disks"].as_array().map(Vec::len),
+        Some(2),
+        "nothing is left"
+    );
 }

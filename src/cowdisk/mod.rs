@@ -57,7 +57,7 @@ mod usage;
 mod write;
 
 pub use crate::storage::Tier;
-pub use base::{Base, probe};
+pub use base::{Base, check_stream, probe};
 pub use commit_base::commit_to_base;
 pub use copy::CopyJob;
 pub use diff::{Comparison, diff};
@@ -72,6 +72,6 @@ pub use pass::Pass;
 pub use plan::{Segment, Source};
 pub use rebase::{Compared, Rebase, Rebased, rebase};
 pub use resize::resize;
-pub use transfer::{Progress, Qcow2Sink, RawSink, Sink, StreamSink, export, import};
+pub use transfer::{Progress, Qcow2Sink, RawSink, Sink, StreamSink, export, import, import_stream};
 pub use usage::{DiskUsage, PoolUsage, usage};
 pub use write::{Padding, Step, WritePlan, WriteSegment};

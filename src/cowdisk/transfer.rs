@@ -5,7 +5,7 @@ use super::base::Base;
 use super::disk::Disk;
 use super::error::{DiskError, Interrupted};
 use super::extents::{ExtentKind, data_runs};
-use crate::format::units::{bytes_of, len_of};
+use crate::format::units::{SECTOR, bytes_of, len_of};
 use crate::storage::{AlignedBuf, Caching, FileStorage, OpenError, Storage};
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
@@ -13,7 +13,7 @@ use imago::{
     FormatAccess, FormatCreateBuilder, FormatDriverBuilder, PermissiveImplicitOpenGate,
     StorageOpenOptions,
 };
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 /// Most bytes moved at once.
@@ -26,36 +26,119 @@ const EXPORT_BLOCK: u32 = 4096;
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<(), Interrupted>;
 
 /// Copies the image `from` into `disk`, which is empty and at least as large, and flushes it.
-/// Returns the bytes of data written.
+/// Returns the bytes of data written. Progress counts what the image has data of.
 ///
 /// # Errors
 /// The image or the pool failed, or the pool is full.
 pub fn import(from: &Base, disk: &Disk, progress: Progress<'_>) -> Result<u64, DiskError> {
-    let total = from.disk_len();
+    let mut total = 0;
+    each_data(from, disk, &mut |start, end| {
+        total += end - start;
+        Ok(())
+    })?;
     let block = disk.block_size();
     let mut buf = AlignedBuf::new(len_of(PART_LEN_MAX));
-    let mut written = 0;
-    let mut at = 0;
-    while let Some((start, end)) = next_data(from, at)? {
-        let start = start / u64::from(block) * u64::from(block);
-        let end = end.next_multiple_of(u64::from(block)).min(total);
-        at = at.max(start);
+    let (mut done, mut written) = (0, 0);
+    each_data(from, disk, &mut |mut at, end| {
         while at < end {
             let len = (end - at).min(PART_LEN_MAX);
             let part = &mut buf[..len_of(len)];
             let read = from.read_at(part, at);
             read.map_err(DiskError::io("reading the image"))?;
-            for run in data_runs(part, block) {
-                disk.write_at(&part[run.clone()], at + bytes_of(run.start))?;
-                written += bytes_of(run.len());
-            }
+            written += write_data(disk, part, at, block)?;
             at += len;
-            progress(at, total)?;
+            done += len;
+            progress(done.min(total), total)?;
         }
-    }
+        Ok(())
+    })?;
     disk.pool().flush()?;
     progress(total, total)?;
     Ok(written)
+}
+
+/// Writes what of `part` is not zeros, to byte `at`; returns how much that was.
+fn write_data(disk: &Disk, part: &[u8], at: u64, block: u32) -> Result<u64, DiskError> {
+    let mut written = 0;
+    for run in data_runs(part, block) {
+        disk.write_at(&part[run.clone()], at + bytes_of(run.start))?;
+        written += bytes_of(run.len());
+    }
+    Ok(written)
+}
+
+/// Calls `visit` with the ranges in which `from` has data, widened to blocks of `disk`.
+fn each_data(
+    from: &Base,
+    disk: &Disk,
+    visit: &mut dyn FnMut(u64, u64) -> Result<(), DiskError>,
+) -> Result<(), DiskError> {
+    let (total, block) = (from.disk_len(), u64::from(disk.block_size()));
+    let mut at = 0;
+    while let Some((start, end)) = next_data(from, at)? {
+        let end = end.next_multiple_of(block).min(total);
+        let start = at.max(start / block * block);
+        if start < end {
+            visit(start, end)?;
+        }
+        at = at.max(end).max(start + 1);
+    }
+    Ok(())
+}
+
+/// Copies the flat image that `from` reads to its end into `disk`, which is empty, and flushes it. The
+/// disk grows as it comes, and is left larger than the image. Returns the image's length, and the
+/// bytes of data written.
+///
+/// # Errors
+/// The stream or the pool failed, or the pool is full; or the stream is empty.
+pub fn import_stream(
+    from: &mut dyn Read,
+    disk: &Disk,
+    progress: Progress<'_>,
+) -> Result<(u64, u64), DiskError> {
+    let block = disk.block_size();
+    let mut buf = AlignedBuf::new(len_of(PART_LEN_MAX));
+    let (mut at, mut written) = (0, 0);
+    loop {
+        let len = read_full(from, &mut buf).map_err(DiskError::io("reading the image"))?;
+        if len == 0 {
+            break;
+        }
+        let end = (at + bytes_of(len)).next_multiple_of(SECTOR);
+        let part = &mut buf[..len_of(end - at)];
+        part[len..].fill(0);
+        if end > disk.size() {
+            let larger = disk.size().saturating_mul(2).min(disk.size() + GROWTH_MAX);
+            super::resize(disk.pool(), &disk.name(), larger.max(end), false)?;
+        }
+        written += write_data(disk, part, at, block)?;
+        at = end;
+        progress(at, at)?;
+    }
+    if at == 0 {
+        let what = "there is nothing in the image";
+        return Err(crate::pool::PoolError::invalid(what).into());
+    }
+    disk.pool().flush()?;
+    Ok((at, written))
+}
+
+/// Most bytes by which a disk grows ahead of the stream it is made from.
+const GROWTH_MAX: u64 = 1 << 30;
+
+/// Fills `buf` as far as there is something.
+fn read_full(from: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while len < buf.len() {
+        match from.read(&mut buf[len..]) {
+            Ok(0) => break,
+            Ok(more) => len += more,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(len)
 }
 
 fn next_data(base: &Base, at: u64) -> Result<Option<(u64, u64)>, DiskError> {
@@ -81,27 +164,48 @@ pub trait Sink {
     fn finish(&mut self, len: u64) -> io::Result<()>;
 }
 
-/// Copies what `disk` holds to `sink`. Returns the bytes of data written. A disk that is being
-/// written meanwhile gives a mixture; export a snapshot of it.
+/// Copies what `disk` holds to `sink`. Returns the bytes of data written. Progress counts what the disk
+/// has data of. A disk that is being written meanwhile gives a mixture; export a snapshot of it.
 ///
 /// # Errors
 /// The disk failed, or the sink (as [`DiskError::Io`]).
 pub fn export(disk: &Disk, sink: &mut dyn Sink, progress: Progress<'_>) -> Result<u64, DiskError> {
-    let total = disk.size();
+    let size = disk.size();
+    let mut total = 0;
+    each_held(disk, size, &mut |start, end| {
+        total += end - start;
+        Ok(())
+    })?;
     let mut buf = AlignedBuf::new(len_of(PART_LEN_MAX));
-    let mut written = 0;
+    let (mut done, mut written) = (0, 0);
+    each_held(disk, size, &mut |start, end| {
+        written += export_range(disk, (start, end), &mut buf, sink, &mut |more| {
+            done += more;
+            progress(done.min(total), total)
+        })?;
+        Ok(())
+    })?;
+    sink.finish(size)
+        .map_err(DiskError::io("finishing the copy"))?;
+    progress(total, total)?;
+    Ok(written)
+}
+
+/// Calls `visit` with the ranges of the first `size` bytes in which `disk` or its base has data.
+fn each_held(
+    disk: &Disk,
+    size: u64,
+    visit: &mut dyn FnMut(u64, u64) -> Result<(), DiskError>,
+) -> Result<(), DiskError> {
     let mut extents = Vec::new();
     let mut at = 0;
-    while at < total {
+    while at < size {
         extents.clear();
-        let part_end = disk.extents_from(at, &mut extents)?;
+        at = disk.extents_from(at, &mut extents)?;
         for extent in &extents {
             match extent.kind {
                 ExtentKind::Hole | ExtentKind::Zero => {}
-                ExtentKind::Data(_) => {
-                    let range = (extent.offset, extent.end());
-                    written += export_range(disk, range, total, &mut buf, sink, progress)?;
-                }
+                ExtentKind::Data(_) => visit(extent.offset, extent.end())?,
                 ExtentKind::Base => {
                     let mut from = extent.offset;
                     let base = disk.base();
@@ -111,28 +215,22 @@ pub fn export(disk: &Disk, sink: &mut dyn Sink, progress: Progress<'_>) -> Resul
                     } {
                         let start = (start / 512 * 512).clamp(from, extent.end());
                         let end = end.next_multiple_of(512).clamp(start, extent.end());
-                        let range = (start, end);
-                        written += export_range(disk, range, total, &mut buf, sink, progress)?;
+                        visit(start, end)?;
                         from = end.max(start + 512);
                     }
                 }
             }
         }
-        at = part_end;
-        progress(at, total)?;
     }
-    sink.finish(total)
-        .map_err(DiskError::io("finishing the copy"))?;
-    Ok(written)
+    Ok(())
 }
 
 fn export_range(
     disk: &Disk,
     (mut at, end): (u64, u64),
-    total: u64,
     buf: &mut AlignedBuf,
     sink: &mut dyn Sink,
-    progress: Progress<'_>,
+    moved: &mut dyn FnMut(u64) -> Result<(), Interrupted>,
 ) -> Result<u64, DiskError> {
     let mut written = 0;
     while at < end {
@@ -145,8 +243,8 @@ fn export_range(
             result.map_err(DiskError::io("writing the copy"))?;
             written += bytes_of(run.len());
         }
+        moved(end.min(next) - at)?;
         at = end.min(next);
-        progress(at, total)?;
     }
     Ok(written)
 }

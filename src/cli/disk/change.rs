@@ -1,5 +1,6 @@
 //! Commands that change the catalogue: a batch of the journal each, whatever the size of the disk.
 
+use super::select::{self, Wanted};
 use super::{Create, Fork, Rename, Resize, Rm, Set};
 use crate::cli::args::ItemRef;
 use crate::cli::failure::Failure;
@@ -86,12 +87,29 @@ pub(super) fn guess_format(path: &Path) -> Result<BaseFormat, Failure> {
 }
 
 pub(super) fn remove(args: &Rm) -> Result<Reply, Failure> {
-    let item = &args.item;
-    with_pool(item, "rm", |pool| {
-        cowdisk::remove(pool, &item.name, args.cascade)
+    let path = Wanted::pool_of(&args.items).map_err(Failure::usage)?;
+    let removed = open::writing(path, "started by tidepool disk rm", |pool| {
+        let names = select::names(&args.items, pool)?;
+        for (done, name) in names.iter().enumerate() {
+            let removed = cowdisk::remove(pool, name, args.cascade);
+            removed.map_err(|e| {
+                let failure = Failure::disk(format!("{}:{name}", path.display()), &e);
+                match done {
+                    0 => failure,
+                    _ => failure.hint(format!("removed before it: {}", names[..done].join(", "))),
+                }
+            })?;
+        }
+        Ok(names)
     })?;
-    let json = json!({ "pool": item.pool, "removed": item.name });
-    Ok(Reply::new(json, format!("{item}: removed\n")))
+    let one = match removed.as_slice() {
+        [one] => Some(one),
+        _ => None,
+    };
+    let json = json!({ "pool": path, "removed": one, "names": removed });
+    let lines = removed.iter();
+    let lines = lines.map(|name| format!("{}:{name}: removed\n", path.display()));
+    Ok(Reply::new(json, lines.collect::<String>()))
 }
 
 pub(super) fn rename(args: &Rename) -> Result<Reply, Failure> {

@@ -11,12 +11,15 @@ use crate::cli::progress::Progress;
 use crate::cli::{human, open};
 use crate::cowdisk::{
     self, Base, Disk, DiskError, Interrupted, NewDisk, Qcow2Sink, RawSink, Sink, StreamSink,
+    check_stream,
 };
 use crate::format::catalogue::{BaseFormat, RowKind, check_name};
+use crate::pool::Pool;
 use crate::pool::catalogue::Catalogue;
 use crate::storage::{Access, FileStorage, OpenError};
+use crate::sync::Arc;
 use serde_json::json;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 
 /// Long work as its user sees it: how far it has come, and that it can be stopped.
@@ -77,8 +80,14 @@ fn copied(
 
 pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
     let (file, disk) = (&args.file, &args.disk);
+    let is_stream = file.as_os_str() == "-";
     let format = match args.format {
+        Some(ImageFormat::Qcow2) if is_stream => {
+            let what = "a qcow2 image cannot be read from standard input";
+            return Err(Failure::usage(what).hint("save it to a file, and import that"));
+        }
         Some(format) => format.into(),
+        None if is_stream => BaseFormat::Raw,
         None => guess_format(file)?,
     };
     // Visible under its name only when it is whole.
@@ -86,22 +95,24 @@ pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
     check_name(&partial, RowKind::Disk).map_err(Failure::usage)?;
     let mut work = Work::begin(output, "importing", true);
     let result = with_pool(disk, "import", |pool| {
-        pool.with_catalogue(|all| all.check_free(&disk.name))?;
-        let image = Base::open(&Base::examine(file, format)?)?;
-        let size = image.disk_len();
-        cowdisk::create(pool, &NewDisk::empty(&partial, size))?;
-        let moved = Disk::open(pool, &partial).and_then(|disk| {
-            cowdisk::import(&image, &disk, &mut |done, total| work.step(done, total))
-        });
-        let moved = moved.and_then(|moved| {
+        // Whatever has this name later is ours, and goes if it is not finished.
+        pool.with_catalogue(|all| {
+            all.check_free(&disk.name)
+                .and_then(|()| all.check_free(&partial))
+        })?;
+        let copied = match is_stream {
+            true => import_stdin(pool, &partial, args.format.is_some(), &mut work),
+            false => import_image(pool, &partial, (file, format), &mut work),
+        };
+        let copied = copied.and_then(|copied| {
             cowdisk::rename(pool, &partial, &disk.name)?;
-            Ok(moved)
+            Ok(copied)
         });
-        if moved.is_err() {
+        if copied.is_err() {
             // The first error says more than a second would.
             drop(cowdisk::remove(pool, &partial, true));
         }
-        Ok((size, moved?))
+        copied
     });
     let sizes = work.end(result, "nothing of it is left in the pool");
     let sizes = sizes.map_err(|failure| match failure.kind {
@@ -112,6 +123,53 @@ pub(super) fn import(args: &Import, output: Output) -> Result<Reply, Failure> {
     })?;
     Ok(copied(disk, file, format, sizes, "imported"))
 }
+
+/// Copies an image into the new disk `name`; its size, and how much of it is data.
+fn import_image(
+    pool: &Arc<Pool>,
+    name: &str,
+    (file, format): (&Path, BaseFormat),
+    work: &mut Work,
+) -> Result<(u64, u64), DiskError> {
+    let image = Base::open(&Base::examine(file, format)?)?;
+    let size = image.disk_len();
+    cowdisk::create(pool, &NewDisk::empty(name, size))?;
+    let disk = Disk::open(pool, name)?;
+    let moved = cowdisk::import(&image, &disk, &mut |done, total| work.step(done, total))?;
+    Ok((size, moved))
+}
+
+/// As [`import_image`], from standard input. `is_said`: that it is a flat image.
+fn import_stdin(
+    pool: &Arc<Pool>,
+    name: &str,
+    is_said: bool,
+    work: &mut Work,
+) -> Result<(u64, u64), DiskError> {
+    let mut input = io::stdin().lock();
+    let mut head = Vec::new();
+    let read = (&mut input).take(HEAD_LEN).read_to_end(&mut head);
+    read.map_err(|source| DiskError::Io {
+        action: "reading the image",
+        source,
+    })?;
+    if !is_said {
+        check_stream(&head)?;
+    }
+    cowdisk::create(pool, &NewDisk::empty(name, STREAM_SIZE))?;
+    let disk = Disk::open(pool, name)?;
+    let mut all = io::Cursor::new(head).chain(input);
+    let (size, moved) =
+        cowdisk::import_stream(&mut all, &disk, &mut |done, total| work.step(done, total))?;
+    drop(disk);
+    cowdisk::resize(pool, name, size, true)?;
+    Ok((size, moved))
+}
+
+/// Bytes of a stream that tell what it is.
+const HEAD_LEN: u64 = 512;
+/// Size of a disk that is made from a stream, until more has come.
+const STREAM_SIZE: u64 = 1 << 20;
 
 pub(super) fn export(args: &Export, output: Output) -> Result<Reply, Failure> {
     let (item, file) = (&args.item, &args.file);

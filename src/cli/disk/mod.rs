@@ -4,6 +4,7 @@ mod change;
 mod copy;
 mod look;
 mod rebase;
+mod select;
 mod show;
 mod target;
 
@@ -13,6 +14,7 @@ use super::failure::Failure;
 use super::output::{Output, Reply};
 use crate::format::catalogue::BaseFormat;
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
+use select::Wanted;
 use std::path::PathBuf;
 
 /// `tidepool disk ...`
@@ -93,7 +95,8 @@ Examples:
 const RM: &str = "\
 Examples:
   tidepool disk rm vms.pool:vm1
-  tidepool disk rm vms.pool:vm1 --cascade";
+  tidepool disk rm vms.pool:vm1 --cascade
+  tidepool disk rm 'vms.pool:ci-*' vms.pool:vm1@monday";
 const RENAME: &str = "\
 Examples:
   tidepool disk rename vms.pool:vm1 web1
@@ -132,7 +135,8 @@ Examples:
 const IMPORT: &str = "\
 Examples:
   tidepool disk import debian.qcow2 vms.pool:base
-  tidepool disk import disk.img vms.pool:old --format raw";
+  tidepool disk import disk.img vms.pool:old --format raw
+  zstdcat disk.img.zst | tidepool disk import - vms.pool:old";
 const EXPORT: &str = "\
 Examples:
   tidepool disk export vms.pool:vm1 vm1.raw
@@ -210,9 +214,10 @@ impl From<ImageFormat> for BaseFormat {
 /// `disk rm`
 #[derive(Debug, Args)]
 pub(super) struct Rm {
-    /// The disk or snapshot, POOL:NAME or POOL:NAME@SNAPSHOT.
-    #[arg(value_name = "POOL:NAME")]
-    item: ItemRef,
+    /// Disks and snapshots of one pool, POOL:NAME or POOL:NAME@SNAPSHOT. Names may be patterns with `*`,
+    /// `?` and `[...]`; quote them.
+    #[arg(required = true, value_name = "POOL:NAME")]
+    items: Vec<Wanted>,
     /// Remove its snapshots too.
     #[arg(long)]
     cascade: bool,
@@ -332,7 +337,7 @@ pub(super) struct Rebase {
 /// `disk import`
 #[derive(Debug, Args)]
 pub(super) struct Import {
-    /// The image.
+    /// The image; `-` for a flat one from standard input.
     file: PathBuf,
     /// The disk to make, POOL:NAME.
     #[arg(value_name = "POOL:NAME", value_parser = parse_disk)]

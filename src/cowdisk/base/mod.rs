@@ -19,7 +19,7 @@ mod qcow2;
 pub(super) mod samples;
 
 pub(super) use identity::{identity, is_same};
-pub use probe::probe;
+pub use probe::{check_stream, probe};
 
 use super::error::DiskError;
 use crate::format::catalogue::{BaseFormat, BaseRef};

@@ -38,6 +38,24 @@ pub fn probe(path: &Path) -> Result<BaseFormat, DiskError> {
     }
 }
 
+/// Whether what comes from a stream and begins with `head`, at least [`HEAD_LEN`] bytes if there are so
+/// many, is a flat image as far as one can tell.
+///
+/// # Errors
+/// It is of another format.
+pub fn check_stream(head: &[u8]) -> Result<(), DiskError> {
+    let what = match foreign::tell(head, &[]) {
+        Seems::Raw => return Ok(()),
+        Seems::Qcow2 => "it seems to be a qcow2 image, which cannot be read from a stream: save it to a \
+                         file, and import that. If it is a flat image all the same, say raw (--format \
+                         raw)"
+            .to_owned(),
+        Seems::Foreign(foreign) => refuse(foreign, "FILE"),
+    };
+    let path = "-".to_owned();
+    Err(DiskError::Base { path, what })
+}
+
 pub(super) fn tell(file: &ImageFile) -> Result<Told, String> {
     let read = |at: u64, len: usize| {
         let mut bytes = vec![0; len];
