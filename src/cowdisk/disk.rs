@@ -10,6 +10,7 @@ use crate::format::catalogue::RowKind;
 use crate::format::units::{DiskId, bytes_of, len_of};
 use crate::pool::Pool;
 use crate::pool::catalogue::Item;
+use crate::pool::space::Purpose;
 use crate::pool::volume::{Map, Volume};
 use crate::storage::{AlignedBuf, Tier};
 use crate::sync::atomic::Ordering;
@@ -147,6 +148,12 @@ impl Disk {
     #[must_use]
     pub fn is_ephemeral(&self) -> bool {
         self.0.is_ephemeral
+    }
+
+    /// Clusters of the pool are kept for it, which others may not take.
+    #[must_use]
+    pub fn has_reserve_left(&self) -> bool {
+        self.volume().map.read().purpose() == Purpose::ReservedData
     }
 
     /// Bytes in a cluster: discards of whole ones give most space back.
@@ -341,7 +348,10 @@ impl Disk {
                     drop(pass);
                     park();
                 }
-                Step::Full if has_reclaimed => return Err(DiskError::NoSpace),
+                Step::Full if has_reclaimed => {
+                    self.pool().space.stop_waiting(waker);
+                    return Err(DiskError::NoSpace);
+                }
                 Step::Full => {
                     // A commit drains disks: not with a pass in hand.
                     drop(pass);

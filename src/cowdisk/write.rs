@@ -189,9 +189,7 @@ impl Disk {
             }),
             Stop::Step(step) => {
                 if matches!(step, Step::Full) {
-                    self.pool().take_back_slabs();
-                    self.pool().space.wait_for_space(purpose, waker);
-                    self.pool().hurry();
+                    self.pool().wait_for_space(purpose, waker);
                 }
                 Ok(step)
             }

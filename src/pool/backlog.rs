@@ -167,7 +167,7 @@ impl Map {
 
     /// All who wait for a commit.
     pub(super) fn take_stalled(&mut self) -> Woken {
-        Woken::new(std::mem::take(&mut self.stalled))
+        self.stalled.take()
     }
 }
 

@@ -3,6 +3,7 @@
 //! cluster dropped at that moment can be given to somebody else (R6).
 
 use super::volume::Volume;
+use super::woken::Waiters;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex};
@@ -21,7 +22,7 @@ pub struct Gate {
     inside: [Counter; SHARDS],
     is_closed: AtomicBool,
     /// Lock order: taken last, held over no call.
-    waiting: Mutex<Vec<Waker>>,
+    waiting: Mutex<Waiters>,
     emptied: Condvar,
 }
 
@@ -73,11 +74,9 @@ impl Gate {
         let woken = {
             let mut waiting = self.waiting.lock();
             self.is_closed.store(false, Ordering::SeqCst);
-            std::mem::take(&mut *waiting)
+            waiting.take()
         };
-        for waker in woken {
-            waker.wake();
-        }
+        woken.wake();
     }
 }
 

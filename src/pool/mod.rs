@@ -85,7 +85,7 @@ pub use open::{CreateOptions, OpenOptions, Return};
 use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
 use crate::format::units::{ClusterSize, Generation};
 use crate::storage::{AlignedBuf, Storage};
-use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock, Shared};
 use backlog::Shelf;
 use catalogue::{Catalogue, Item};
@@ -125,6 +125,8 @@ pub struct Pool {
     /// Shared by every whole leaf that was discarded over a base.
     zero_leaf: Shared<Leaf>,
     quarantine: Mutex<VecDeque<(u64, Vec<Dropped>)>>,
+    /// As [`Space::slabs_taken`] when slabs were last taken back.
+    slabs_seen: AtomicU64,
     /// References being released; whoever holds this reaps.
     reaping: Mutex<Vec<Dropped>>,
     image_clusters: Mutex<Vec<Range<u32>>>,

@@ -14,7 +14,7 @@ use crate::format::superblock::{
 };
 use crate::format::units::{BLOCK, ClusterSize, bytes_of, len_of};
 use crate::storage::{AlignedBuf, Storage};
-use crate::sync::atomic::{AtomicBool, AtomicU32};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use crate::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::collections::VecDeque;
 
@@ -243,6 +243,7 @@ impl Pool {
             ended: OnceLock::new(),
             zero_leaf: replay.zeros.leaf,
             quarantine: Mutex::new(VecDeque::new()),
+            slabs_seen: AtomicU64::new(0),
             reaping: Mutex::default(),
             image_clusters: Mutex::new(image_clusters),
             returning: options.returning,

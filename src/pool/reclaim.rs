@@ -3,10 +3,13 @@
 use super::Pool;
 use super::error::PoolError;
 use super::open::Return;
+use super::space::Purpose;
+use super::volume::Volume;
 use crate::format::units::Cluster;
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, JoinHandle, Vital, spawn_named};
 use std::ops::Range;
+use std::task::Waker;
 use std::time::Duration;
 
 /// Most bytes given back in one call: a punch blocks other requests to the file on some hosts.
@@ -24,10 +27,24 @@ impl Pool {
     /// Takes back the clusters that disks have set aside for their next writes: a full pool has
     /// none to spare for that.
     pub fn take_back_slabs(&self) {
-        for item in self.items() {
-            let woken = item.volume.map.write().drop_slab(&self.space);
+        self.slabs_seen
+            .store(self.space.slabs_taken(), Ordering::SeqCst);
+        let volumes: Vec<Arc<Volume>> =
+            self.with_catalogue(|all| all.iter().map(|item| Arc::clone(&item.volume)).collect());
+        for volume in volumes {
+            let woken = volume.map.write().drop_slab(&self.space);
             woken.wake();
         }
+    }
+
+    /// `waker` is woken when there may be clusters again that `purpose` may take; what can be done to
+    /// that end is done. Costs little while the pool stays full: no disk is looked at then.
+    pub fn wait_for_space(&self, purpose: Purpose, waker: &Waker) {
+        if self.slabs_seen.load(Ordering::SeqCst) != self.space.slabs_taken() {
+            self.take_back_slabs();
+        }
+        self.space.wait_for_space(purpose, waker);
+        self.hurry();
     }
 
     /// Gives back up to `most` clusters that were written and freed. Each is out of the free list

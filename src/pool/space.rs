@@ -5,7 +5,7 @@
 use super::bitmap::Bitmap;
 use super::counts::Counts;
 use super::error::PoolError;
-use super::woken::Woken;
+use super::woken::{Waiters, Woken};
 use crate::sync::Mutex;
 use std::ops::Range;
 use std::task::Waker;
@@ -34,6 +34,8 @@ struct Free {
     image_reserve: u32,
     /// Kept back for disks with a reserve.
     disk_reserve: u64,
+    /// Times that more than one cluster was taken: only so a disk comes to have some set aside.
+    slabs_taken: u64,
 }
 
 impl Free {
@@ -70,7 +72,7 @@ pub struct Space {
     pub counts: Counts,
     /// Lock order: after every map, before nothing.
     free: Mutex<Free>,
-    waiting: Mutex<Vec<Waker>>,
+    waiting: Mutex<Waiters>,
 }
 
 /// How many clusters are in which state.
@@ -127,6 +129,9 @@ impl Space {
             free.cursor = range.end;
             range
         };
+        if range.end - range.start > 1 {
+            free.slabs_taken += 1;
+        }
         if purpose == Purpose::ReservedData {
             free.change_disk_reserve(-i64::from(range.end - range.start));
         }
@@ -244,6 +249,17 @@ impl Space {
         }
     }
 
+    /// `waker` waits no longer for clusters.
+    pub fn stop_waiting(&self, waker: &Waker) {
+        self.waiting.lock().remove(waker);
+    }
+
+    /// Changes whenever a disk may have come to have clusters set aside.
+    #[must_use]
+    pub fn slabs_taken(&self) -> u64 {
+        self.free.lock().slabs_taken
+    }
+
     /// Somebody waits for clusters to become free.
     #[must_use]
     pub fn is_waited_for(&self) -> bool {
@@ -251,6 +267,6 @@ impl Space {
     }
 
     fn take_waiting(&self) -> Woken {
-        Woken::new(std::mem::take(&mut *self.waiting.lock()))
+        self.waiting.lock().take()
     }
 }

@@ -10,7 +10,7 @@ use super::load::Replay;
 use super::map::{Dropped, Leaf, Tree, leaf_of};
 use super::slab::{NewCluster, Slab};
 use super::space::{Purpose, Space};
-use super::woken::Woken;
+use super::woken::{Waiters, Woken};
 use crate::format::catalogue::Row;
 use crate::format::image::LEAF_ENTRIES;
 use crate::format::journal::Entry;
@@ -19,7 +19,6 @@ use crate::sync::atomic::{AtomicBool, AtomicU32};
 use crate::sync::{RwLock, Shared};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::task::Waker;
 
 /// A disk or snapshot.
 #[derive(Debug)]
@@ -55,8 +54,8 @@ pub struct Map {
     pub account: Account,
     /// Clusters requests are busy with.
     pub busy: HashMap<u32, Busy>,
-    /// Requests waiting for one of `busy`.
-    pub waiting: Vec<Waker>,
+    /// Who waits for one of `busy`.
+    pub waiting: Waiters,
     /// The disk is gone; handles to it are stale.
     pub is_deleted: bool,
     /// Whether the pool knows that there is something to collect here.
@@ -66,7 +65,7 @@ pub struct Map {
     /// What has changed since that round began.
     pub(super) backlog: Backlog,
     /// Requests that wait for a commit to take some of it.
-    pub(super) stalled: Vec<Waker>,
+    pub(super) stalled: Waiters,
     slab: Slab,
 }
 
@@ -83,12 +82,12 @@ impl Volume {
             changed,
             account: Account::new(row.birth_generation),
             busy: HashMap::new(),
-            waiting: Vec::new(),
+            waiting: Waiters::default(),
             is_deleted: false,
             is_listed: false,
             closing: Backlog::default(),
             backlog: Backlog::default(),
-            stalled: Vec::new(),
+            stalled: Waiters::default(),
             slab: Slab::default(),
         };
         Self {
@@ -321,7 +320,7 @@ impl Map {
 
     /// All that wait, to be woken when the map is unlocked.
     pub fn take_waiting(&mut self) -> Woken {
-        Woken::new(std::mem::take(&mut self.waiting))
+        self.waiting.take()
     }
 }
 
