@@ -23,11 +23,18 @@ pub(super) struct Bounce {
     small: Vec<AlignedBuf>,
     large: Vec<AlignedBuf>,
     lent: u64,
+    /// Others wait for buffers, and come first.
+    pub(super) is_waited_for: bool,
 }
 
 impl Bounce {
     /// Whether a slice that needs buffers may begin.
     pub(super) fn has_room(&self) -> bool {
+        !self.is_waited_for && self.could_lend()
+    }
+
+    /// Whether there are buffers for a slice.
+    pub(super) fn could_lend(&self) -> bool {
         self.lent + SLICE_LENT_MAX <= LENT_MAX
     }
 

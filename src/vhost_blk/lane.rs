@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::rc::Rc;
 use std::sync::mpsc::SyncSender;
+use std::task::Waker;
 
 use crate::cowdisk::Tier;
 use crate::sync::Arc;
@@ -42,6 +43,10 @@ pub(super) struct Lane {
     pub(super) call: Option<Arc<EventFd>>,
     pub(super) error: Option<Arc<EventFd>>,
     pub(super) stats: Arc<LaneStats>,
+    /// What its disk calls when what it refused is worth another try.
+    pub(super) waker: Waker,
+    /// Its disk's share of the worker.
+    pub(super) share: u32,
     /// Requests taken and not given back.
     pub(super) in_flight: u16,
     pub(super) state: LaneState,
@@ -70,14 +75,6 @@ impl Lane {
         match self.state {
             LaneState::Armed | LaneState::Awake => true,
             LaneState::Broken | LaneState::Stopping { .. } => false,
-        }
-    }
-
-    /// Whether it is to stop once nothing is in flight.
-    pub(super) fn is_stopping(&self) -> bool {
-        match self.state {
-            LaneState::Stopping { .. } => true,
-            LaneState::Armed | LaneState::Awake | LaneState::Broken => false,
         }
     }
 

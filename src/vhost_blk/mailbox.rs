@@ -69,6 +69,8 @@ pub(super) enum Message {
     },
     /// Work elsewhere has ended.
     Done(Done),
+    /// The disk of this share calls: what it refused is worth another try.
+    Woken { share: u32 },
     /// Finish all queues and end.
     Quit,
 }
@@ -79,8 +81,6 @@ pub(super) struct Mailbox {
     event: Event,
     /// The event was written to and the worker has not looked yet.
     is_signalled: AtomicBool,
-    /// A disk asked for another try of what it had refused.
-    is_retry: AtomicBool,
     messages: Mutex<Vec<Message>>,
 }
 
@@ -89,7 +89,6 @@ impl Mailbox {
         Ok(Self {
             event: Event::new()?,
             is_signalled: AtomicBool::new(false),
-            is_retry: AtomicBool::new(false),
             messages: Mutex::new(Vec::new()),
         })
     }
@@ -122,29 +121,53 @@ impl Mailbox {
         self.is_signalled.load(Ordering::Acquire)
     }
 
-    /// Moves the messages to `out`, in order; whether a disk asked for another try.
-    pub(super) fn collect(&self, out: &mut Vec<Message>) -> bool {
+    /// Moves the messages to `out`, in order.
+    pub(super) fn collect(&self, out: &mut Vec<Message>) {
         // Cleared before looking: whoever posts after this look signals again.
         self.is_signalled.store(false, Ordering::SeqCst);
         std::mem::swap(out, &mut *self.messages.lock());
-        self.is_retry.swap(false, Ordering::SeqCst)
     }
 }
 
-impl Wake for Mailbox {
+/// The waker of one disk's share of a worker. However many call it, one message waits to be read.
+#[derive(Debug)]
+pub(super) struct Alarm {
+    mailbox: Arc<Mailbox>,
+    share: u32,
+    is_ringing: AtomicBool,
+}
+
+impl Alarm {
+    pub(super) fn new(mailbox: Arc<Mailbox>, share: u32) -> Self {
+        Self {
+            mailbox,
+            share,
+            is_ringing: AtomicBool::new(false),
+        }
+    }
+
+    /// The message is read. Before anything is tried: who calls after that try calls again.
+    pub(super) fn heard(&self) {
+        self.is_ringing.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Wake for Alarm {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.is_retry.store(true, Ordering::SeqCst);
-        self.signal();
+        if !self.is_ringing.swap(true, Ordering::SeqCst) {
+            self.mailbox.post(Message::Woken { share: self.share });
+        }
     }
 }
 
 #[cfg(all(test, feature = "loom"))]
 mod loom_tests {
     use super::*;
+    use crate::sync::atomic::AtomicU32;
     use crate::sync::explore::explore;
     use crate::sync::spawn_named;
 
@@ -155,33 +178,48 @@ mod loom_tests {
         mailbox.event.clear().expect("our own eventfd")
     }
 
-    /// Two threads post and one wakes, while the worker looks whenever its event says so. What it has
-    /// not found when they are done, the event tells it of.
+    /// One thread posts and one calls twice, while the worker looks whenever its event says so. What it
+    /// has not found when they are done, the event tells it of: the last call is heard after it came.
     ///
-    /// Fails if `Mailbox::collect` clears the mark after it has looked, or `Mailbox::post` signals
-    /// before it has put the message there.
+    /// Fails if `Mailbox::collect` clears the mark after it has looked, `Mailbox::post` signals before
+    /// it has put the message there, or the worker tries before it says that it has heard.
     #[test]
     fn loom_no_message_is_slept_over() {
         explore("mailbox", 4, || {
             let mailbox = Arc::new(Mailbox::new().expect("a descriptor"));
-            let poster = |is_wake: bool| {
+            let alarm = Arc::new(Alarm::new(Arc::clone(&mailbox), 0));
+            let calls = Arc::new(AtomicU32::new(0));
+            let poster = {
                 let mailbox = Arc::clone(&mailbox);
-                let post = move || match is_wake {
-                    true => mailbox.wake_by_ref(),
-                    false => mailbox.post(Message::Quit),
-                };
-                spawn_named("poster", post).expect("a thread")
+                spawn_named("poster", move || mailbox.post(Message::Quit)).expect("a thread")
             };
-            let posters = [poster(false), poster(true)];
-            let (mut messages, mut is_retry) = (Vec::new(), false);
-            let mut found = 0;
+            let caller = {
+                let (alarm, calls) = (Arc::clone(&alarm), Arc::clone(&calls));
+                let call = move || {
+                    for _ in 0..2 {
+                        calls.fetch_add(1, Ordering::SeqCst);
+                        alarm.wake_by_ref();
+                    }
+                };
+                spawn_named("caller", call).expect("a thread")
+            };
+            let posters = [poster, caller];
+            let mut messages = Vec::new();
+            let (mut found, mut heard) = (0, 0);
             let mut look = || {
                 if is_polled(&mailbox) {
                     messages.clear();
-                    is_retry |= mailbox.collect(&mut messages);
-                    found += messages.len();
+                    mailbox.collect(&mut messages);
+                    for message in &messages {
+                        if matches!(message, Message::Woken { .. }) {
+                            alarm.heard();
+                            heard = calls.load(Ordering::SeqCst);
+                        } else {
+                            found += 1;
+                        }
+                    }
                 }
-                (found, is_retry)
+                (found, heard)
             };
             for _ in 0..2 {
                 look();
@@ -189,7 +227,7 @@ mod loom_tests {
             for poster in posters {
                 poster.join().expect("no panic");
             }
-            assert_eq!(look(), (1, true));
+            assert_eq!(look(), (1, 2));
         });
     }
 }

@@ -30,6 +30,7 @@ use crate::vhost_blk::helpers::{Work, WorkFailed};
 
 pub(super) use moving::{Mover, task_of};
 use moving::{Piece, is_of_base, part_of};
+use slice::COPY_COST;
 
 /// What a task is waiting for while something is pending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,6 +55,8 @@ pub(super) enum Next {
     Busy,
     /// Try again when the pool has space.
     Full,
+    /// Try again when the host may have space.
+    HostFull,
     /// Try again when buffers have come back.
     Starved,
     /// Answer.
@@ -121,6 +124,18 @@ impl Task {
         debug_assert_eq!(self.pending, 0, "a task ends with nothing pending");
     }
 
+    /// Bytes that it has in flight, or as good as that.
+    pub(super) fn moving(&self) -> u32 {
+        if self.pending == 0 {
+            return 0;
+        }
+        match self.stage {
+            Stage::Reading | Stage::Writing => self.slice,
+            Stage::Copying | Stage::Zeroing => COPY_COST,
+            Stage::New | Stage::Flushing => 0,
+        }
+    }
+
     /// Begins, or begins again after [`Next::Busy`] and the like.
     pub(super) fn begin(&mut self, mover: &mut Mover<'_>) -> Next {
         let disk = &mover.lane.device.disk;
@@ -153,7 +168,7 @@ impl Task {
                 .lane
                 .device
                 .disk
-                .enter(mover.context.shard, &mover.context.waker);
+                .enter(mover.context.shard, &mover.lane.waker);
         }
         self.pass.is_some()
     }
@@ -243,7 +258,7 @@ impl Task {
         };
         let disk = &mover.lane.device.disk;
         let (offset, len) = self.next_slice(mover);
-        match disk.plan_write(pass, offset, len, &mut self.plan, &mover.context.waker) {
+        match disk.plan_write(pass, offset, len, &mut self.plan, &mover.lane.waker) {
             Err(error) => self.refused(mover, &error),
             Ok(Step::Ready) => {
                 // `full_since` stays: the host may have no space although the pool has.
@@ -286,7 +301,7 @@ impl Task {
 
     fn refused(&mut self, mover: &Mover<'_>, error: &DiskError) -> Next {
         if error.kind() == DiskErrorKind::NoSpace {
-            return self.retreat(Next::Full);
+            return self.retreat(Next::HostFull);
         }
         failed_with(mover, error)
     }
@@ -384,7 +399,7 @@ impl Task {
 
 fn failed(kind: DiskErrorKind) -> Next {
     if kind == DiskErrorKind::NoSpace {
-        Next::Full
+        Next::HostFull
     } else {
         Next::Finish(Status::IoErr)
     }

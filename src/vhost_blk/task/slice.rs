@@ -10,7 +10,7 @@ use crate::virtio::blk::{Op, Range};
 use super::{Mover, Task};
 
 /// Most bytes that a device is asked to move at once for one request.
-const DEVICE_LEN_MAX: u32 = 1 << 20;
+const DEVICE_LEN_MAX: u32 = 512 << 10;
 /// Most bytes that the worker itself copies at once.
 const INLINE_LEN_MAX: u32 = 256 << 10;
 /// Most buffers in a slice: with padding before and after they fit into one call.
@@ -23,6 +23,8 @@ const PAGE: u32 = 4096;
 /// What a turn costs at most, in bytes: work on maps is counted as the bytes that could be copied in
 /// the same time.
 pub(super) const COST_MAX: u32 = 512 << 10;
+/// Of a copy that helpers do.
+pub(super) const COPY_COST: u32 = 128 << 10;
 /// Of a cluster whose entry is changed.
 const ZEROED_COST: u32 = 1 << 10;
 /// Of a cluster that is unmapped: most are by the leaf of 64.

@@ -24,7 +24,7 @@ impl Task {
                 return Next::Busy;
             };
             let disk = &mover.lane.device.disk;
-            let waker = &mover.context.waker;
+            let waker = &mover.lane.waker;
             let (at, left) = (range.offset + self.range_done, range.len - self.range_done);
             let planned = if self.request.op == Op::Discard {
                 disk.plan_discard(pass, at, left, waker)

@@ -3,16 +3,19 @@
 use std::rc::Rc;
 use std::sync::mpsc::SyncSender;
 
+use crate::sync::Arc;
 use crate::sys::mmap::GuestPin;
+use crate::vhost_blk::device::Device;
 use crate::vhost_blk::lane::{Lane, LaneState, RingBase};
 use crate::vhost_blk::mailbox::{Done, LaneId, Message, Start};
 
+use super::share::Share;
 use super::{TOKEN_KICK, Worker, lane_mut};
 
 impl Worker {
     pub(super) fn read_mail(&mut self) {
         let mut messages = std::mem::take(&mut self.messages);
-        self.is_retry |= self.context.mailbox.collect(&mut messages);
+        self.context.mailbox.collect(&mut messages);
         for message in messages.drain(..) {
             self.obey(message);
         }
@@ -65,6 +68,7 @@ impl Worker {
             Message::Done(Done { task, result }) => {
                 self.step(task, |task, mover| task.worked(mover, result));
             }
+            Message::Woken { share } => self.hear(share),
             Message::Quit => self.is_quitting = true,
         }
     }
@@ -88,31 +92,32 @@ impl Worker {
                 return;
             }
         };
-        let free = self.lanes.iter().position(Option::is_none);
-        let slot = free.unwrap_or_else(|| {
-            self.lanes.push(None);
-            self.lanes.len() - 1
-        });
-        let index = u32::try_from(slot).expect("lanes are bounded by descriptors");
-        let poll = self.ring.poll(kick, TOKEN_KICK | u64::from(index));
-        self.lanes[slot] = Some(Lane {
-            stats: device.open_stats(),
-            tier: device.disk.tier(),
-            device,
-            leash,
-            queue,
-            memory: GuestPin::new(memory),
-            features,
-            base: files.base.map(|(file, len)| RingBase { file, len }),
-            files,
-            poll: Some(poll),
-            caller: Rc::clone(&self.caller),
-            call,
-            error,
-            in_flight: 0,
-            state: LaneState::Armed,
-            is_ready: false,
-            is_touched: false,
+        let share = self.share_of(&device);
+        let waker = self.shares.get(share).expect("it is there").waker();
+        let (ring, caller) = (&mut self.ring, &self.caller);
+        let index = self.lanes.insert(|index| {
+            let poll = ring.poll(kick, TOKEN_KICK | u64::from(index));
+            Lane {
+                stats: device.open_stats(),
+                tier: device.disk.tier(),
+                device,
+                leash,
+                queue,
+                memory: GuestPin::new(memory),
+                features,
+                base: files.base.map(|(file, len)| RingBase { file, len }),
+                files,
+                poll: Some(poll),
+                caller: Rc::clone(caller),
+                call,
+                error,
+                waker,
+                share,
+                in_flight: 0,
+                state: LaneState::Armed,
+                is_ready: false,
+                is_touched: false,
+            }
         });
         if let Some(lane) = lane_mut(&mut self.lanes, index) {
             // It may have been lost before this lane had it.
@@ -127,6 +132,7 @@ impl Worker {
             return;
         };
         lane.state = LaneState::Stopping { reply };
+        self.stopping.push(index);
         if let Some(poll) = lane.poll.take() {
             self.ring.cancel(poll);
         }
@@ -134,34 +140,57 @@ impl Worker {
     }
 
     pub(super) fn close_if_drained(&mut self, index: u32) {
-        let Ok(slot) = usize::try_from(index) else {
+        let Some(lane) = self.lanes.get_mut(index).filter(|lane| lane.in_flight == 0) else {
             return;
         };
-        let Some(lane) = self.lanes.get_mut(slot).and_then(Option::take_if_drained) else {
-            return;
-        };
+        if lane.is_touched {
+            lane.publish();
+        }
+        let lane = self.lanes.remove(index).expect("it was just there");
+        self.stopping.retain(|stopping| *stopping != index);
+        self.leave_share(lane.share, index);
         self.files.close(&mut self.ring, &lane.files);
         lane.device.close_stats(&lane.stats);
         if let LaneState::Stopping { reply } = lane.state {
             let _client_left = reply.send(lane.queue.next_avail());
         }
     }
-}
 
-/// Taking a lane out when its last request is answered.
-trait TakeIfDrained {
-    fn take_if_drained(&mut self) -> Option<Lane>;
-}
+    /// The share of the disk that `device` serves; a new one for its first queue.
+    fn share_of(&mut self, device: &Arc<Device>) -> u32 {
+        let key = Arc::as_ptr(device).addr();
+        let mailbox = &self.context.mailbox;
+        let shares = &mut self.shares;
+        let make = |index| Share::new(Arc::clone(device), Arc::clone(mailbox), index);
+        let index = *self
+            .share_of
+            .entry(key)
+            .or_insert_with(|| shares.insert(make));
+        if let Some(share) = self.shares.get_mut(index) {
+            share.lanes += 1;
+        }
+        index
+    }
 
-impl TakeIfDrained for Option<Lane> {
-    fn take_if_drained(&mut self) -> Option<Lane> {
-        let lane = self.as_mut()?;
-        if lane.in_flight > 0 {
-            return None;
+    /// Lane `index` is no longer there.
+    fn leave_share(&mut self, at: u32, index: u32) {
+        let Some(share) = self.shares.get_mut(at) else {
+            return;
+        };
+        share.ready.retain(|ready| *ready != index);
+        share.lanes -= 1;
+        if share.lanes == 0 {
+            self.share_of.remove(&Arc::as_ptr(&share.device).addr());
+            self.close_share(at);
         }
-        if lane.is_touched {
-            lane.publish();
+    }
+
+    /// A disk called: what it refused is worth another try.
+    fn hear(&mut self, at: u32) {
+        if let Some(share) = self.shares.get_mut(at) {
+            share.hear();
+            self.waiting.hear_of_space();
+            self.line_up(at);
         }
-        self.take()
     }
 }

@@ -1,23 +1,30 @@
 //! A worker: one thread, one ring, any number of queues of any disks.
 //!
 //! ```text
-//! loop: reap completions -> read mail -> look at awake queues -> take requests, start their I/O
-//!       -> retry what was parked -> publish used entries, one call a batch -> submit and wait
+//! loop: reap completions -> read mail -> look at awake queues -> a turn for each disk in line: take
+//!       requests, start their I/O -> serve who waits, if there is what they wait for
+//!       -> publish used entries, one call a batch -> submit and wait
 //! ```
+//! What a disk's guest asks for is its own affair ([`share`]): it gets its turn ([`turns`]) and has
+//! its own queues to wait in ([`waiting`]), and no other disk's requests are looked at for it.
+//!
 //! A queue with nothing to take stays `Awake` (the guest is not asked to kick) until the worker is
 //! about to sleep; then it is `Armed`, looked at a last time, and its eventfd's poll wakes the
 //! ring. The eventfds are never read: each write to one wakes its poll whatever the counter says.
 
 mod mail;
 mod polling;
+mod share;
+mod slots;
 mod take;
+mod turns;
+mod waiting;
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
 use std::sync::mpsc::sync_channel;
-use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::cowdisk::Segment;
@@ -36,13 +43,10 @@ use crate::vhost_blk::mailbox::{Mailbox, Message};
 use crate::vhost_blk::task::{Task, task_of};
 
 use polling::Polling;
+use share::Share;
+use slots::Slots;
+use waiting::Waiting;
 
-/// Requests taken from one queue before the next has its turn, and before what was completed is
-/// published. Small enough that the guest works on one batch while we work on the next (with 32 a
-/// guest at depth 32 and its worker only ever took turns), large enough to share the system calls.
-const TURN: usize = 16;
-/// How often a request that waits for space is tried again without being told to.
-const FULL_RETRY: Duration = Duration::from_millis(100);
 /// Tokens above every task's: the mailbox, and kicks of lanes (the lane below).
 const TOKEN_MAIL: u64 = 1 << 63;
 const TOKEN_KICK: u64 = 1 << 62;
@@ -59,7 +63,6 @@ pub(super) struct WorkerOptions {
 #[derive(Debug)]
 pub(super) struct Context {
     pub(super) mailbox: Arc<Mailbox>,
-    pub(super) waker: Waker,
     pub(super) shard: usize,
     /// Room for a plan, lent out and given back.
     pub(super) segments: RefCell<Vec<Segment>>,
@@ -106,29 +109,27 @@ impl Drop for WorkerHandle {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Parked {
-    Busy,
-    Full,
-    Starved,
-}
-
 #[derive(Debug)]
 struct Worker {
     options: WorkerOptions,
     context: Context,
     caller: Rc<Caller>,
-    lanes: Vec<Option<Lane>>,
-    /// Lanes to take from, in turn.
-    ready: VecDeque<u32>,
+    lanes: Slots<Lane>,
+    shares: Slots<Share>,
+    /// Shares by the address of their device.
+    share_of: HashMap<usize, u32>,
+    /// Shares that have something to do, in turn.
+    line: VecDeque<u32>,
+    /// What the requests of a turn have cost so far, bytes.
+    spent: u32,
     /// Lanes that are awake with nothing to take.
     dry: Vec<u32>,
     touched: Vec<u32>,
     tasks: Vec<Option<Box<Task>>>,
     free: Vec<u32>,
-    parked: VecDeque<(u32, Parked)>,
-    /// Tasks between two slices.
-    again: VecDeque<u32>,
+    waiting: Waiting,
+    /// Lanes that are to stop.
+    stopping: Vec<u32>,
     bounce: Bounce,
     runs: Vec<GuestRun>,
     chain: Chain,
@@ -139,7 +140,6 @@ struct Worker {
     /// Lost mappings of the process that were seen to.
     losses: u64,
     polling: Polling,
-    is_retry: bool,
     is_quitting: bool,
     // Last: its end waits for the kernel.
     ring: Ring,
@@ -150,25 +150,26 @@ impl Worker {
         let mut ring = Ring::new()?;
         // Never cancelled: polled for as long as the ring lives.
         let _poll = ring.poll(Arc::clone(mailbox.event()), TOKEN_MAIL);
-        let waker = Waker::from(Arc::clone(&mailbox));
         let segments = RefCell::new(Vec::new());
         Ok(Self {
             options,
             context: Context {
                 mailbox,
-                waker,
                 shard,
                 segments,
             },
             caller: Rc::new(Caller::new()?),
-            lanes: Vec::new(),
-            ready: VecDeque::new(),
+            lanes: Slots::default(),
+            shares: Slots::default(),
+            share_of: HashMap::new(),
+            line: VecDeque::new(),
+            spent: 0,
             dry: Vec::new(),
             touched: Vec::new(),
             tasks: Vec::new(),
             free: Vec::new(),
-            parked: VecDeque::new(),
-            again: VecDeque::new(),
+            waiting: Waiting::default(),
+            stopping: Vec::new(),
             bounce: Bounce::default(),
             runs: Vec::new(),
             chain: Chain::default(),
@@ -178,7 +179,6 @@ impl Worker {
             now: clock::now(),
             losses: sigbus::losses(),
             polling: Polling::new(options.polling),
-            is_retry: false,
             is_quitting: false,
             ring,
         })
@@ -195,12 +195,10 @@ impl Worker {
             self.look();
             self.publish();
             self.serve();
-            self.go_on();
             self.retry();
             self.publish();
             self.notice_losses();
-            let is_empty = self.lanes.iter().all(Option::is_none);
-            if self.is_quitting && is_empty {
+            if self.is_quitting && self.lanes.is_empty() {
                 return;
             }
             self.sleep();
@@ -209,8 +207,8 @@ impl Worker {
 
     /// Submits; waits as well if there is nothing to do.
     fn sleep(&mut self) {
-        let is_idle = self.ready.is_empty()
-            && self.again.is_empty()
+        let is_idle = self.line.is_empty()
+            && !self.has_grants()
             && !self.linger()
             && !self.arm()
             && sigbus::losses() == self.losses;
@@ -272,7 +270,7 @@ impl Worker {
                 Err(fault) => lane.break_down(&fault),
             }
         }
-        !self.ready.is_empty()
+        !self.line.is_empty()
     }
 
     /// Ends the sessions whose memory was taken away.
@@ -280,13 +278,14 @@ impl Worker {
         let losses = sigbus::losses();
         if losses != self.losses {
             self.losses = losses;
-            self.lanes.iter_mut().flatten().for_each(Lane::check_memory);
+            self.lanes.iter_mut().for_each(Lane::check_memory);
         }
     }
 
+    /// How long to sleep at most.
     fn timeout(&self) -> Option<Duration> {
-        let is_full = self.parked.iter().any(|(_, why)| *why == Parked::Full);
-        is_full.then_some(FULL_RETRY)
+        let next = self.waiting.next()?;
+        Some(next.saturating_duration_since(clock::now()))
     }
 
     fn reap(&mut self) {
@@ -327,7 +326,21 @@ impl Worker {
             lane.queue.disarm();
         }
         lane.is_ready = true;
-        self.ready.push_back(index);
+        let at = lane.share;
+        if let Some(share) = self.shares.get_mut(at) {
+            share.ready.push_back(index);
+        }
+        self.line_up(at);
+    }
+
+    fn task(&self, id: u32) -> &Task {
+        let task = self.tasks[place(id)].as_ref();
+        task.expect("a task in use is in its slot")
+    }
+
+    fn task_mut(&mut self, id: u32) -> &mut Task {
+        let task = self.tasks[place(id)].as_mut();
+        task.expect("a task in use is in its slot")
     }
 
     /// Puts in line what has, or is likely to have, something to take.
@@ -352,10 +365,14 @@ impl Worker {
     }
 }
 
-fn lane(lanes: &[Option<Lane>], index: u32) -> Option<&Lane> {
-    lanes.get(usize::try_from(index).ok()?)?.as_ref()
+fn place(id: u32) -> usize {
+    usize::try_from(id).expect("usize has at least 32 bits")
 }
 
-fn lane_mut(lanes: &mut [Option<Lane>], index: u32) -> Option<&mut Lane> {
-    lanes.get_mut(usize::try_from(index).ok()?)?.as_mut()
+fn lane(lanes: &Slots<Lane>, index: u32) -> Option<&Lane> {
+    lanes.get(index)
+}
+
+fn lane_mut(lanes: &mut Slots<Lane>, index: u32) -> Option<&mut Lane> {
+    lanes.get_mut(index)
 }
