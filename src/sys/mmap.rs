@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use nix::fcntl::{FcntlArg, fcntl};
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
 
+use super::allowance::Allowance;
 use super::mapping::Mapping;
 
 /// Most buffers one vectored call may carry (`IOV_MAX`, uio(7)).
@@ -55,6 +56,34 @@ impl Region {
     /// # Errors
     /// `InvalidInput` if the numbers overflow or the file is too short; otherwise as mmap(2).
     pub fn map(file: File, gpa: u64, len: u64, hva: u64, offset: u64) -> io::Result<Self> {
+        let region = Self::map_counted(&file, gpa, len, hva, offset, None);
+        drop(file);
+        region
+    }
+
+    /// As [`Region::map`], counted among what one client may have.
+    ///
+    /// # Errors
+    /// As [`Region::map`]; `QuotaExceeded` if the client has too many.
+    pub fn map_for(
+        allowance: &Allowance,
+        file: &File,
+        gpa: u64,
+        len: u64,
+        hva: u64,
+        offset: u64,
+    ) -> io::Result<Self> {
+        Self::map_counted(file, gpa, len, hva, offset, Some(allowance))
+    }
+
+    fn map_counted(
+        file: &File,
+        gpa: u64,
+        len: u64,
+        hva: u64,
+        offset: u64,
+        allowance: Option<&Allowance>,
+    ) -> io::Result<Self> {
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         let end = offset
             .checked_add(len)
@@ -62,7 +91,7 @@ impl Region {
         if len == 0 || gpa.checked_add(len).is_none() || hva.checked_add(len).is_none() {
             return Err(invalid("region is empty or overflows the address space"));
         }
-        let (map, lead) = Mapping::new(file, offset, end)?;
+        let (map, lead) = Mapping::new(file, offset, end, allowance)?;
         Ok(Self {
             gpa,
             len,

@@ -1,6 +1,7 @@
 //! The only room where `unsafe` may be opted into: one kernel facility per file, each behind a
 //! safe type or function, so that every room above is plain safe Rust.
 //!
+//! - [`allowance`]: how many mappings a client may have.
 //! - [`buffer`]: page-aligned buffers for direct I/O.
 //! - [`call`]: telling clients that something is done, without ever waiting for them.
 //! - [`clock`]: the monotonic clock and the time of day.
@@ -15,6 +16,7 @@
 //! - [`sigbus`]: surviving guest memory that is taken away.
 //! - [`uring`]: a thread's io_uring, which owns what the kernel works on.
 
+pub mod allowance;
 pub mod buffer;
 pub mod call;
 pub mod clock;

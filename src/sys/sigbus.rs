@@ -72,6 +72,8 @@ impl Slot {
 static SLOTS: [Slot; SLOTS_MAX] = [const { Slot::new() }; SLOTS_MAX];
 /// Slots from this one on were never taken.
 static SLOTS_USED: AtomicUsize = AtomicUsize::new(0);
+/// Slots that are taken.
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static LOSSES: AtomicU64 = AtomicU64::new(0);
 /// Whether the handler is installed, or why not.
 static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
@@ -81,6 +83,11 @@ static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
 #[must_use]
 pub fn losses() -> u64 {
     LOSSES.load(Ordering::Acquire)
+}
+
+/// Whether more than half of all mappings that there may be are registered.
+pub(super) fn is_crowded() -> bool {
+    IN_USE.load(Ordering::Relaxed) > SLOTS_MAX / 2
 }
 
 /// A mapping whose loss is survived while this lives. To be dropped before it is unmapped.
@@ -107,6 +114,7 @@ impl Registration {
             let what = format!("more than {SLOTS_MAX} regions of guest memory");
             io::Error::new(io::ErrorKind::QuotaExceeded, what)
         })?;
+        IN_USE.fetch_add(1, Ordering::Relaxed);
         SLOTS_USED.fetch_max(index + 1, Ordering::SeqCst);
         slot.is_lost.store(false, Ordering::SeqCst);
         slot.set(start, len);
@@ -123,6 +131,7 @@ impl Drop for Registration {
     fn drop(&mut self) {
         self.0.set(0, 0);
         self.0.is_taken.store(false, Ordering::SeqCst);
+        IN_USE.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -22,5 +22,6 @@ mod guest;
 mod random;
 mod rogue;
 mod served;
+mod tables;
 mod turns;
 mod waits;

@@ -92,6 +92,13 @@ impl Served {
         let kib = line.and_then(|line| line.split_whitespace().nth(1));
         kib.and_then(|kib| kib.parse::<u64>().ok()).expect("a size") << 10
     }
+
+    /// Mappings and descriptors it has.
+    pub fn holds(&self) -> (usize, usize) {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        let fds = fds.expect("procfs").count();
+        (self.proc("maps").lines().count(), fds)
+    }
 }
 
 impl Drop for Served {

@@ -17,11 +17,13 @@ mod requests;
 use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Weak;
 use std::sync::mpsc::sync_channel;
 
 use vhost::vhost_user::{BackendReqHandler, Error, Result, VhostUserVirtioFeatures};
 
 use crate::sync::{Arc, Mutex};
+use crate::sys::allowance::Allowance;
 use crate::sys::fd::EventFd;
 use crate::sys::mmap::{GuestMemory, Region};
 use crate::virtio::blk;
@@ -33,6 +35,8 @@ use crate::vhost_blk::mailbox::{LaneId, Mailbox, Message, Start};
 
 /// Most memory regions a client may map.
 const MEM_SLOTS_MAX: usize = 509;
+/// Most former memory tables that requests may be on still: those that wait keep theirs.
+const FORMER_TABLES_MAX: usize = 64;
 
 /// Which worker serves queue `index` of this disk.
 pub(in crate::vhost_blk) type PickWorker = Box<dyn Fn(usize) -> Arc<Mailbox> + Send>;
@@ -71,6 +75,10 @@ struct State {
     features: u64,
     regions: Vec<Region>,
     memory: Arc<GuestMemory>,
+    /// Tables before that, as long as requests are on them.
+    former: Vec<Weak<GuestMemory>>,
+    /// What the client may have mapped.
+    allowance: Allowance,
     vrings: Vec<Vring>,
     /// Nothing is started any more.
     is_over: bool,
@@ -200,8 +208,15 @@ impl State {
     }
 
     /// Makes `regions` the memory table, for running rings too. The former regions stay mapped
-    /// until the requests on them are done.
+    /// until the requests on them are done; a client that has many such tables is not served on.
     fn set_regions(&mut self, regions: Vec<Region>) -> Result<()> {
+        self.former.retain(|table| table.strong_count() > 0);
+        if self.former.len() >= FORMER_TABLES_MAX {
+            return Err(refused(format!(
+                "requests wait on {FORMER_TABLES_MAX} memory tables that were replaced"
+            )));
+        }
+        self.former.push(Arc::downgrade(&self.memory));
         self.memory = Arc::new(GuestMemory::new(regions.clone()).map_err(Error::ReqHandlerError)?);
         self.regions = regions;
         for vring in &mut self.vrings {
@@ -278,6 +293,8 @@ impl Session {
             features: 0,
             regions: Vec::new(),
             memory: Arc::default(),
+            former: Vec::new(),
+            allowance: Allowance::default(),
             vrings: std::iter::repeat_with(Vring::default)
                 .take(queues)
                 .collect(),

@@ -11,6 +11,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 
 use crate::sync::Arc;
+use crate::sys::allowance::Allowance;
 use crate::sys::fd::EventFd;
 use crate::sys::mmap::{Region, is_memory};
 use crate::vhost_blk::mailbox::Message;
@@ -22,15 +23,15 @@ use super::{MEM_SLOTS_MAX, RingHvas, Session, refused};
 /// Where a region is mapped: for postcopy, which is not offered.
 type RegionBase = vhost::VhostUserMemoryRegionBase;
 
-fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Region> {
+fn map(allowance: &Allowance, region: &VhostUserMemoryRegion, file: &File) -> Result<Region> {
     let VhostUserMemoryRegion {
         guest_phys_addr,
         memory_size,
         user_addr,
         mmap_offset,
     } = *region;
-    Region::map(file, guest_phys_addr, memory_size, user_addr, mmap_offset)
-        .map_err(Error::ReqHandlerError)
+    let (gpa, len, hva) = (guest_phys_addr, memory_size, user_addr);
+    Region::map_for(allowance, file, gpa, len, hva, mmap_offset).map_err(Error::ReqHandlerError)
 }
 
 impl Session {
@@ -110,7 +111,7 @@ impl VhostUserBackendReqHandler for Session {
         let regions: Result<Vec<Region>> = table
             .iter()
             .zip(files)
-            .map(|(region, file)| map(region, file))
+            .map(|(region, file)| map(&state.allowance, region, &file))
             .collect();
         state.set_regions(regions?)?;
         Ok(None)
@@ -251,7 +252,7 @@ impl VhostUserBackendReqHandler for Session {
         if regions.len() >= MEM_SLOTS_MAX {
             return Err(refused("all memory slots are in use"));
         }
-        regions.push(map(region, file)?);
+        regions.push(map(&state.allowance, region, &file)?);
         state.set_regions(regions)?;
         Ok(None)
     }
