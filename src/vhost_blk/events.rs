@@ -32,6 +32,8 @@ pub enum EventKind {
     SessionRefused,
     /// The client took its memory away; its session ended.
     MemoryLost,
+    /// A client cannot be accepted for want of descriptors, threads or memory: it is tried again.
+    ClientWaits,
     /// The guest broke the rules of its ring; nothing is taken from that queue any more.
     QueueBroken,
     /// A request failed: the guest got an I/O error.
@@ -45,6 +47,7 @@ impl fmt::Display for Event {
         let what = match self.kind {
             EventKind::SessionRefused => "a client was disconnected",
             EventKind::MemoryLost => "a client was disconnected: its memory is gone",
+            EventKind::ClientWaits => "a client cannot be accepted yet",
             EventKind::QueueBroken => "a queue was given up until the guest resets its disk",
             EventKind::RequestFailed => "a request failed",
             EventKind::BaseCorrected => "a queue goes on at the used index of its ring",

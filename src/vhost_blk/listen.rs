@@ -20,6 +20,7 @@ use crate::sys::clock;
 use crate::sys::fd::Event;
 
 use super::device::Device;
+use super::events::EventKind;
 use super::session::{PickWorker, Session};
 
 /// Bytes of a socket path: `sun_path` less its terminator, unix(7).
@@ -289,8 +290,9 @@ impl Reception {
         // Ports with a caller, in turn, each once: more than one only while something is short.
         let mut called = VecDeque::new();
         let mut watched = clock::now();
+        let mut is_short = false;
         loop {
-            let timeout = self.timeout(!called.is_empty());
+            let timeout = self.timeout(is_short);
             let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(nix::errno::Errno::EINTR) => 0,
@@ -302,18 +304,34 @@ impl Reception {
             }
             let numbers = events[..count].iter().map(EpollEvent::data);
             called.extend(numbers.filter(|number| *number != CHANGED));
-            while let Some(number) = called.front() {
-                if self.take_caller(*number, assign).is_err() {
-                    break;
-                }
-                called.pop_front();
-            }
+            is_short = !self.take_callers(&mut called, assign, is_short);
             let now = clock::now();
             if now.saturating_duration_since(watched) >= WATCH_INTERVAL {
                 watched = now;
                 self.busy().iter().for_each(|port| port.watch(now));
             }
         }
+    }
+
+    /// Accepts those who wait in turn, until something is short: whoever owns the server is told so,
+    /// once. Whether all were accepted.
+    fn take_callers(
+        self: &Arc<Self>,
+        called: &mut VecDeque<u64>,
+        assign: &Assign,
+        was_short: bool,
+    ) -> bool {
+        while let Some(number) = called.front() {
+            if let Err(error) = self.take_caller(*number, assign) {
+                let port = self.ports.lock().by_number.get(number).cloned();
+                if let Some(port) = port.filter(|_| !was_short) {
+                    port.device.report(EventKind::ClientWaits, &error);
+                }
+                return false;
+            }
+            called.pop_front();
+        }
+        true
     }
 
     fn timeout(&self, is_short: bool) -> EpollTimeout {

@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -12,6 +13,9 @@ use tidepool::cowdisk::{self, NewDisk};
 use tidepool::format::units::ClusterSize;
 use tidepool::pool::{CreateOptions, OpenOptions, Pool, open};
 use tidepool::storage::FileStorage;
+
+/// Longer than anything takes that is going to happen.
+const SOON: Duration = Duration::from_secs(20);
 
 /// Ticks of /proc/PID/stat in a second (`USER_HZ`, the same on all that Linux runs on).
 const TICKS: u64 = 100;
@@ -30,6 +34,7 @@ pub struct Plan {
 pub struct Served {
     child: Child,
     dir: TempDir,
+    lines: Receiver<String>,
 }
 
 impl Served {
@@ -57,14 +62,38 @@ impl Served {
             .stderr(Stdio::null())
             .spawn()
             .expect("the daemon starts");
-        let out = BufReader::new(child.stdout.take().expect("piped"));
-        let mut lines = out.lines().map_while(Result::ok);
-        assert!(lines.any(|line| line.contains("ready")), "it is ready");
+        let mut out = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let is_ready = out.any(|line| line.is_ok_and(|line| line.contains("ready")));
+        assert!(is_ready, "it says when it is ready");
         // It says more: somebody must listen.
-        std::thread::Builder::new()
-            .spawn(move || lines.for_each(drop))
-            .expect("a thread");
-        Self { child, dir }
+        let (to, lines) = channel();
+        let listen = move || {
+            let mut lines = out.map_while(Result::ok);
+            // Until the test is over.
+            while lines.next().is_some_and(|line| to.send(line).is_ok()) {}
+        };
+        std::thread::Builder::new().spawn(listen).expect("a thread");
+        Self { child, dir, lines }
+    }
+
+    /// Waits until it says `words`.
+    pub fn hear(&self, words: &str) -> bool {
+        let next = || self.lines.recv_timeout(SOON).ok();
+        std::iter::from_fn(next).any(|line| line.contains(words))
+    }
+
+    /// Lets it have `count` descriptors at most.
+    ///
+    /// # Errors
+    /// There is no program for that here.
+    pub fn limit_descriptors(&self, count: usize) -> std::io::Result<()> {
+        let pid = self.child.id().to_string();
+        let limit = format!("--nofile={count}:");
+        let status = Command::new("prlimit")
+            .args(["--pid", &pid, &limit])
+            .status()?;
+        assert!(status.success(), "{limit}");
+        Ok(())
     }
 
     pub fn socket(&self, disk: &str) -> PathBuf {

@@ -1,10 +1,14 @@
+//! What clients hold of the process: mappings and descriptors.
+//!
 //! A request that waits keeps the memory table it came from. Who replaces his table after each such
 //! request is ended before he has much, and his neighbours have all that they had.
 
 use std::time::Duration;
 
+use tidepool::sys::clock;
+
 use crate::client::{Ram, WRITE, req};
-use crate::guest::{DATA, GPA, Guest, IN, MODERN, OK, OUT, Style};
+use crate::guest::{DATA, FLUSH, GPA, Guest, IN, MODERN, OK, OUT, Style};
 use crate::served::{Plan, Served};
 
 const CLUSTER: u64 = 64 << 10;
@@ -79,4 +83,43 @@ fn is_written(guest: &mut Guest, slot: u16, cluster: u64) -> bool {
     let limit = Duration::from_millis(if slot == 0 { 500 } else { 10 });
     let answer = guest.queues[0].wait_used(&guest.ram, limit);
     answer.is_some() && guest.status(0, slot) == OK
+}
+
+/// Without descriptors nobody else is accepted, which is said once; the others are served, and so is
+/// who waits when there are some again.
+#[test]
+fn who_cannot_be_accepted_is_told_of_and_accepted_later() {
+    let plan = Plan {
+        pool_len: 16 << 20,
+        cluster: CLUSTER,
+        disks: vec![("one".into(), 1 << 20), ("late".into(), 1 << 20)],
+        in_memory: true,
+    };
+    let served = Served::start(&plan, 0, &["--workers", "1"]);
+    let mut one = Guest::boot(&served.socket("one"), MODERN);
+    let (_, now) = served.holds();
+    if let Err(error) = served.limit_descriptors(now) {
+        eprintln!("skipped: prlimit: {error}");
+        return;
+    }
+    let socket = served.socket("late");
+    let boot = std::thread::Builder::new().spawn(move || Guest::boot(&socket, MODERN));
+    let late = boot.expect("a thread");
+    assert!(served.hear("late: a client cannot be accepted yet"));
+    let before = served.cpu();
+    let begin = clock::now();
+    while clock::now().duration_since(begin) < Duration::from_millis(500) {
+        assert_eq!(one.request(0, FLUSH, 0, &[]), OK);
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    let spent = served.cpu() - before;
+    assert!(
+        spent < Duration::from_millis(250),
+        "{spent:?} of half a second"
+    );
+    served
+        .limit_descriptors(now + 256)
+        .expect("it was there before");
+    let mut late = late.join().expect("it is served in the end");
+    assert_eq!(late.request(0, IN, 0, &[(DATA, 4096, WRITE)]), OK);
 }

@@ -109,6 +109,7 @@ fn word(kind: EventKind) -> &'static str {
     match kind {
         EventKind::SessionRefused => "session_refused",
         EventKind::MemoryLost => "memory_lost",
+        EventKind::ClientWaits => "client_waits",
         EventKind::QueueBroken => "queue_broken",
         EventKind::RequestFailed => "request_failed",
         EventKind::BaseCorrected => "base_corrected",
