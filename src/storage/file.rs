@@ -2,10 +2,11 @@
 //! the page cache where that works, through it where not.
 
 use std::fs::{File, Metadata};
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use super::one::{Writer, bounce_len, full, is_read_only, narrow, read, write, write_durable};
 use super::open::{
     Access, Caching, Locking, OpenError, Patience, at, choose_tier, claim, lock, not_a_store,
 };
@@ -37,9 +38,6 @@ pub struct FileStorage {
     /// because the I/O is what it orders.
     edges: Mutex<()>,
 }
-
-/// Most bytes bounced through one aligned buffer.
-const BOUNCE_MAX: usize = 1 << 20;
 
 impl FileStorage {
     /// Makes a file of `len` bytes (a multiple of [`BLOCK`]) that read as zeros, and locks it. A
@@ -344,67 +342,6 @@ impl FileStorage {
         }
         .map_err(|error| self.failure(error))
     }
-}
-
-/// Writes one aligned buffer, durably or not.
-type Writer = fn(&File, &[u8], u64) -> io::Result<()>;
-
-/// Reads one buffer.
-///
-/// # Errors
-/// As [`sys::read_exact_at`].
-fn read(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
-    sys::read_exact_at(file, &mut [IoSliceMut::new(buf)], offset)
-}
-
-/// Writes one buffer.
-///
-/// # Errors
-/// As [`sys::write_all_at`].
-fn write(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
-    sys::write_all_at(file, &mut [IoSlice::new(buf)], offset)
-}
-
-/// Writes one buffer, durable on return.
-///
-/// # Errors
-/// As [`sys::write_all_durable_at`].
-fn write_durable(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
-    match sys::write_all_durable_at(file, &mut [IoSlice::new(buf)], offset) {
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
-            // The file system does not know the flag: a whole flush promises more, and costs more.
-            write(file, buf, offset)?;
-            file.sync_data()
-        }
-        done => done,
-    }
-}
-
-/// Length of a bounce buffer that holds `len` bytes with both edges widened, or a good part of them.
-fn bounce_len(len: usize, align: u64) -> usize {
-    let wanted = len.saturating_add(2 * narrow(align));
-    wanted.next_multiple_of(narrow(align)).min(BOUNCE_MAX)
-}
-
-/// An alignment or an offset within one, as an index.
-fn narrow(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("alignments are at most 512")
-}
-
-/// What fsync(2) says on file systems that have nothing to save.
-fn is_read_only(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::InvalidInput | ErrorKind::ReadOnlyFilesystem
-    )
-}
-
-/// "No space" in every form the host says it.
-fn full(error: io::Error) -> io::Error {
-    if error.kind() == ErrorKind::QuotaExceeded {
-        return io::Error::new(ErrorKind::StorageFull, error);
-    }
-    error
 }
 
 impl Storage for FileStorage {

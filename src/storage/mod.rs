@@ -8,6 +8,7 @@ mod conformance;
 mod crash;
 mod file;
 mod medium;
+mod one;
 mod open;
 mod pages;
 mod plan;
