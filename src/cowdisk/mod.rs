@@ -48,6 +48,8 @@ mod extents;
 mod flatten;
 mod fork;
 mod manage;
+#[cfg(all(test, feature = "shuttle"))]
+pub(crate) mod modelled;
 mod pass;
 mod plan;
 mod rebase;

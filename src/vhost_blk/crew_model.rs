@@ -10,9 +10,7 @@ use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, MaxSteps, Runner};
 
 use super::crew::{Crew, Job, Scratch};
-use crate::cowdisk::{self, CopyJob, Disk, NewDisk, Pass, Step, WritePlan};
-use crate::pool::{CreateOptions, OpenOptions, Pool, open};
-use crate::storage::{SimStorage, Storage};
+use crate::cowdisk::{CopyJob, Disk, Pass, Step, WritePlan, modelled};
 use crate::sync::{Arc, Condvar, Mutex};
 
 const SECTOR: u64 = 512;
@@ -162,13 +160,7 @@ impl Worker {
 /// One run: two zeroes and two writes of a block each in part, in a cluster that a snapshot shares.
 fn meet(shape: Shape) {
     crate::sys::clock::hold_still(Some(1_700_000_000));
-    let storage: Arc<dyn Storage> = Arc::new(SimStorage::new(16 << 20));
-    open::create(&*storage, &CreateOptions::new(16 << 20)).expect("an empty pool");
-    let pool = Pool::open(storage, &OpenOptions::default()).expect("opens");
-    cowdisk::create(&pool, &NewDisk::empty("d", 64 << 10)).expect("creates");
-    let disk = Disk::open(&pool, "d").expect("there");
-    disk.write_at(&[7; 64 << 10], 0).expect("writes");
-    cowdisk::snapshot(&pool, "d", "then").expect("snapshots");
+    let disk = modelled::shared_disk();
     let mut worker = Worker {
         shape,
         disk: disk.clone(),
