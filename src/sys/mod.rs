@@ -30,3 +30,4 @@ pub mod process;
 pub mod sigbus;
 pub mod signal;
 pub mod uring;
+mod window;
