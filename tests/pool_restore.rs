@@ -507,3 +507,78 @@ fn read_only(storage: &Arc<SimStorage>) -> Arc<Pool> {
     };
     Pool::open(Arc::clone(storage) as Arc<dyn Storage>, &options).expect("opens")
 }
+
+/// Five hundred forks of one disk, some of which differ here and there: a dump says what they share
+/// once, and so does the image of what is restored.
+#[test]
+fn what_forks_share_is_dumped_once_and_shared_again() {
+    let (storage, pool) = fresh();
+    let origin = disk(&pool, "origin", 4 * LEN);
+    for n in 0..64 {
+        origin
+            .write_at(&bytes(1, SUB), n * 3 * CLUSTER)
+            .expect("writes");
+    }
+    drop(origin);
+    let count = 500;
+    let names: Vec<String> = (0..count).map(|n| format!("f{n}")).collect();
+    cowdisk::fork(&pool, "origin", &names).expect("forks");
+    for (n, name) in (0_u64..).zip(&names).step_by(50) {
+        let fork = Disk::open(&pool, name).expect("opens");
+        fork.write_at(&bytes(2, SUB), n % 64 * 3 * CLUSTER)
+            .expect("writes");
+    }
+    pool.close().expect("closes");
+    drop(pool);
+    let lines = dumped(&*storage);
+    // A line for each disk and its whole map; some for each that was changed, and for the first.
+    assert!(lines.len() < 2 * count + 1000, "{} lines", lines.len());
+    restore(&storage, &lines).expect("restores");
+    let again = dumped(&*storage);
+    let maps = |lines: &[String]| {
+        let lines = lines
+            .iter()
+            .filter(|line| !line.contains(r#""kind":"superblock""#));
+        let lines = lines.filter(|line| !line.contains(r#""kind":"image""#));
+        let lines = lines.filter(|line| !line.contains(r#""kind":"end""#));
+        lines.cloned().collect::<Vec<_>>()
+    };
+    assert!(maps(&lines) == maps(&again), "shared as before");
+    let pool = opened(&storage);
+    let mut buf = vec![0; usize::try_from(SUB).expect("small")];
+    for name in ["origin", "f0", "f50", "f499"] {
+        let disk = Disk::open(&pool, name).expect("opens");
+        disk.read_at(&mut buf, 3 * CLUSTER).expect("reads");
+        assert_eq!(buf, bytes(1, SUB), "{name}");
+    }
+}
+
+/// Dumps of releases that did not say what disks share are restored as ever.
+#[test]
+fn a_dump_that_says_everything_twice_is_restored() {
+    let (storage, pool) = fresh();
+    drop(disk(&pool, "a", LEN));
+    pool.close().expect("closes");
+    drop(pool);
+    let mut lines = dumped(&*storage);
+    let row = lines
+        .iter()
+        .position(|line| line.contains(r#""kind":"disk""#));
+    let row = row.expect("a disk");
+    for (name, level) in [("b", 3), ("a", 7), ("a", 3)] {
+        let mut odd = lines.clone();
+        let same = serde_json::json!({
+            "kind": "same", "disk": "a", "as": name, "level": level, "node": 9,
+        });
+        odd.insert(row + 1, same.to_string());
+        restore(&storage, &odd).expect_err("nothing is there");
+    }
+    let map = serde_json::json!({
+        "kind": "map", "disk": "a", "lcn": 0, "count": 2, "own": 500, "under": 0, "alloc": "ffff",
+        "zero": "0000", "birth": 1,
+    });
+    lines.insert(row + 1, map.to_string());
+    restore(&storage, &lines).expect("restores");
+    let pool = opened(&storage);
+    assert_eq!(pool.items().len(), 1);
+}

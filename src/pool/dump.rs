@@ -2,10 +2,10 @@
 //! can be read, and says where it cannot go on.
 
 use super::error::PoolError;
+use super::kinship::{Found, Known, Place};
 use super::load::{load, read_superblock, superblock_copies};
 use super::map::Tree;
 use super::repair::last_batch;
-use super::walk::walk_all;
 use crate::format::journal::Entry;
 use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
 use crate::storage::Storage;
@@ -40,12 +40,15 @@ pub fn dump(storage: &dyn Storage, line: &mut dyn FnMut(&Value)) -> Result<(), P
     for run in &loaded.image_clusters {
         line(&json!({"kind": "image", "cluster": run.start, "count": run.end - run.start}));
     }
+    let mut known = Known::default();
+    let mut names = Vec::new();
     for item in loaded.catalogue.iter() {
+        names.push(item.row.name.as_str());
         let map = item.volume.map.read();
         let row = serde_json::to_value(&item.row).unwrap_or(Value::Null);
         let (last_fork, changed) = (map.last_fork.0, map.changed.0);
         line(&json!({"kind": "disk", "row": row, "last_fork": last_fork, "changed": changed}));
-        dump_map(&item.row.name, &map.tree, line);
+        dump_map(&names, &map.tree, &mut known, line);
     }
     let last_batch = last_batch(&loaded);
     let last = loaded
@@ -89,10 +92,13 @@ fn superblock_line(at: u64, superblock: &Superblock) -> Value {
     })
 }
 
-/// Runs of entries that follow from one another are one line.
-fn dump_map(disk: &str, tree: &Tree, line: &mut dyn FnMut(&Value)) {
+/// The map of the last of `names`. Runs of entries that follow from one another are one line, and so is
+/// what a disk before it has too.
+fn dump_map(names: &[&str], tree: &Tree, known: &mut Known, line: &mut dyn FnMut(&Value)) {
+    let number = names.len() - 1;
+    let disk = names[number];
     let mut run: Option<(u32, u32, Entry)> = None;
-    let mut put = |run: Option<(u32, u32, Entry)>| {
+    let put = |run: Option<(u32, u32, Entry)>, line: &mut dyn FnMut(&Value)| {
         if let Some((lcn, count, entry)) = run {
             line(&json!({
                 "kind": "map", "disk": disk, "lcn": lcn, "count": count,
@@ -102,7 +108,18 @@ fn dump_map(disk: &str, tree: &Tree, line: &mut dyn FnMut(&Value)) {
             }));
         }
     };
-    walk_all(tree, &mut |leaf, _, node| {
+    known.walk(tree, number, &mut |found| {
+        let (leaf, node) = match found {
+            Found::Leaf(number, leaf) => (number, leaf),
+            Found::Same { place, of } => {
+                put(run.take(), line);
+                let Place { level, number } = place;
+                line(&json!({
+                    "kind": "same", "disk": disk, "as": names[of], "level": level, "node": number,
+                }));
+                return;
+            }
+        };
         for (place, entry) in (0..).zip(&node.entries) {
             let lcn = leaf * 64 + place;
             if *entry == Entry::default() {
@@ -112,11 +129,11 @@ fn dump_map(disk: &str, tree: &Tree, line: &mut dyn FnMut(&Value)) {
                 Some((first, count, start)) if goes_on((*first, *count, *start), lcn, entry) => {
                     *count += 1;
                 }
-                Some(_) | None => put(run.replace((lcn, 1, *entry))),
+                Some(_) | None => put(run.replace((lcn, 1, *entry)), line),
             }
         }
     });
-    put(run);
+    put(run, line);
 }
 
 fn goes_on((first, count, start): (u32, u32, Entry), lcn: u32, entry: &Entry) -> bool {

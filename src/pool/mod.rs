@@ -60,6 +60,7 @@ pub mod image;
 mod image_read;
 pub mod journal;
 pub mod kept;
+mod kinship;
 mod lead;
 pub mod load;
 pub mod lost;

@@ -9,6 +9,7 @@ use super::error::PoolError;
 use super::evidence::Evidence;
 use super::history::{Since, Then, since, take_away};
 use super::journal::Journal;
+use super::kinship::{Place, share};
 use super::load::{Loaded, Replay, check_len, read_superblock, superblock_copies};
 use super::lost::Lost;
 use super::map::{Leaf, Tree, Zeros};
@@ -62,6 +63,14 @@ struct MapLine {
 }
 
 #[derive(Deserialize)]
+struct SameLine {
+    disk: String,
+    r#as: String,
+    level: u8,
+    node: u32,
+}
+
+#[derive(Deserialize)]
 struct EndLine {
     generation: u32,
     next_disk: u32,
@@ -79,6 +88,8 @@ pub struct Dump {
     replay: Replay,
     /// The last batch it has; known when it is whole.
     last_batch: Option<KnownBatch>,
+    /// It says what disks share; dumps of older releases do not.
+    is_shared: bool,
 }
 
 /// What if it is not known who has had the clusters of a dump since it was made.
@@ -123,6 +134,7 @@ impl Default for Dump {
                 zeros: Zeros::new(),
             },
             last_batch: None,
+            is_shared: false,
         }
     }
 }
@@ -145,6 +157,7 @@ impl Dump {
             "image" => Ok(()),
             "disk" => self.add_disk(&parse(value)?),
             "map" => self.add_map(&parse(value)?),
+            "same" => self.add_same(&parse(value)?),
             "end" => {
                 let EndLine {
                     generation,
@@ -245,6 +258,31 @@ impl Dump {
         result
     }
 
+    /// What one disk has of another's map.
+    fn add_same(&mut self, line: &SameLine) -> Result<(), PoolError> {
+        let from = self
+            .catalogue
+            .find(&line.r#as)?
+            .volume
+            .map
+            .read()
+            .tree
+            .clone();
+        let mut map = self.catalogue.find(&line.disk)?.volume.map.write();
+        let (level, number) = (line.level, line.node);
+        if share(&from, &mut map.tree, Place { level, number }).is_none() {
+            let SameLine {
+                disk, r#as: other, ..
+            } = line;
+            return Err(bad(format!(
+                "`{disk}` is to have node {number} of level {level} of `{other}`, which has none"
+            )));
+        }
+        drop(map);
+        self.is_shared = true;
+        Ok(())
+    }
+
     fn add_run(
         &self,
         map: &mut Map,
@@ -327,7 +365,9 @@ impl Dump {
             superblock.generation = superblock.generation.max(copy.generation);
             superblock.open_epoch = superblock.open_epoch.max(copy.open_epoch);
         }
-        share_leaves(&loaded.catalogue);
+        if !self.is_shared {
+            share_leaves(&loaded.catalogue);
+        }
         let restored = Restored {
             disks: loaded.catalogue.iter().count(),
             pool_len: loaded.superblock.pool_len(),

@@ -47,7 +47,10 @@ fn sample() -> Arc<SimStorage> {
 fn dumped(storage: &SimStorage) -> Vec<String> {
     let mut lines = Vec::new();
     let mut add = |line: &serde_json::Value| {
-        if line["kind"] == "disk" || line["kind"] == "map" {
+        if ["disk", "map", "same"]
+            .iter()
+            .any(|kind| line["kind"] == *kind)
+        {
             lines.push(line.to_string());
         }
     };

@@ -30,7 +30,24 @@ pub(crate) fn maps(storage: &SimStorage) -> Maps {
         let is_kept = line["disk"]
             .as_str()
             .is_some_and(|disk| disk.starts_with(KEPT_PREFIX));
-        if line["kind"] != "map" || line["disk"] == "bulk" || is_kept {
+        if line["disk"] == "bulk" || is_kept {
+            return;
+        }
+        if line["kind"] == "same" {
+            let clusters = 64_u64 << (9 * number("level"));
+            let first = number("node") * clusters;
+            let as_far = (text("as"), first + clusters);
+            let there = maps.range((text("as"), first)..as_far);
+            let there: Vec<_> = there
+                .map(|(place, entry)| (place.1, entry.clone()))
+                .collect();
+            maps.extend(
+                there
+                    .into_iter()
+                    .map(|(lcn, entry)| ((text("disk"), lcn), entry)),
+            );
+        }
+        if line["kind"] != "map" {
             return;
         }
         for n in 0..number("count") {
