@@ -353,16 +353,36 @@ pub fn decode_batch(header: &BatchHeader, bytes: &[u8]) -> Result<Vec<Record>, F
             computed,
         });
     }
+    let mut records = Vec::new();
+    decode_slots(header, body, &mut records)?;
+    Ok(records)
+}
+
+/// The records of the damaged batch `bytes` up to the first that cannot be. Any of them may be wrong.
+#[must_use]
+pub fn damaged_records(header: &BatchHeader, bytes: &[u8]) -> Vec<Record> {
+    let batch = bytes.get(..len_of(header.len)).unwrap_or(bytes);
+    let body = batch.get(HEADER_LEN..).unwrap_or_default();
+    let mut records = Vec::new();
+    match decode_slots(header, body, &mut records) {
+        Ok(()) | Err(_) => records,
+    }
+}
+
+fn decode_slots(
+    header: &BatchHeader,
+    body: &[u8],
+    records: &mut Vec<Record>,
+) -> Result<(), FormatError> {
     let mut slots = body
         .chunks_exact(SLOT_LEN)
         .take(usize::try_from(header.slots).unwrap_or(usize::MAX));
-    let mut records = Vec::new();
     while let Some(slot) = slots.next() {
         let raw =
             RawRecord::read_from_bytes(slot).map_err(|_short| FormatError::Short { what: WHAT })?;
         records.push(decode_record(&raw, &mut slots)?);
     }
-    Ok(records)
+    Ok(())
 }
 
 fn decode_record<'a>(

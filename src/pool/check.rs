@@ -13,6 +13,9 @@ use crate::format::catalogue::RowKind;
 use crate::format::superblock::{SUPERBLOCK_AT, Superblock};
 use crate::storage::Storage;
 
+/// Parts of disks that are listed of what is left of a damaged batch.
+const DAMAGED_SHOWN_MAX: usize = 20;
+
 /// Something wrong with a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
@@ -224,6 +227,16 @@ fn check_journal(loaded: &Loaded, fault: &JournalFault, report: &mut Report) {
     report
         .remarks
         .extend(changed_rows(loaded, &given_up.records));
+    for lost in said_by(loaded, &given_up.damaged)
+        .iter()
+        .take(DAMAGED_SHOWN_MAX)
+    {
+        let last = lost.offset.saturating_add(lost.len.saturating_sub(1));
+        report.remarks.push(format!(
+            "by what is left of batch {}, it was about `{}`, bytes {} to {last}",
+            given_up.first, lost.disk, lost.offset
+        ));
+    }
 }
 
 fn check_catalogue(loaded: &Loaded, report: &mut Report) {

@@ -5,7 +5,8 @@ use super::error::PoolError;
 use super::search::Search;
 use crate::format::FormatError;
 use crate::format::journal::{
-    BatchHeader, BatchWriter, HEADER_LEN, Record, SLOT_LEN, Stamp, decode_batch, decode_header,
+    BatchHeader, BatchWriter, HEADER_LEN, Record, SLOT_LEN, Stamp, damaged_records, decode_batch,
+    decode_header,
 };
 use crate::format::superblock::{JournalStart, KnownBatch, Superblock};
 use crate::format::units::{BLOCK, index, len_of};
@@ -347,6 +348,33 @@ impl Journal {
             first: seq,
             is_whole: is_whole && last >= self.known_seq(),
             records: batches.into_values().flatten().collect(),
+            damaged: self.damaged_next(storage, seq)?,
+        })
+    }
+
+    /// What is left of batch `seq` at the write position, if that is its place.
+    fn damaged_next(&self, storage: &dyn Storage, seq: u64) -> Result<Vec<Record>, PoolError> {
+        let reading = || PoolError::storage("reading the journal");
+        if self.room() < BLOCK {
+            return Ok(Vec::new());
+        }
+        let at = self.at[index(self.active)] + self.used;
+        let mut block = AlignedBuf::new(len_of(BLOCK));
+        storage.read_at(&mut block, at).map_err(reading())?;
+        let header = decode_header(&block).ok();
+        let is_its = |header: &BatchHeader| {
+            let stamp = header.stamp;
+            stamp.seq == seq && stamp.uuid_low == self.uuid_low && header.len <= self.room()
+        };
+        let Some(header) = header.filter(is_its) else {
+            return Ok(Vec::new());
+        };
+        let mut batch = AlignedBuf::new(len_of(header.len));
+        storage.read_at(&mut batch, at).map_err(reading())?;
+        Ok(match decode_batch(&header, &batch) {
+            // It is among those that can be read.
+            Ok(_) => Vec::new(),
+            Err(_) => damaged_records(&header, &batch),
         })
     }
 
@@ -443,6 +471,8 @@ pub struct GivenUp {
     pub is_whole: bool,
     /// Of those that can be read, in their order.
     pub records: Vec<Record>,
+    /// What is left of the first one, if that is damaged: any of it may be wrong.
+    pub damaged: Vec<Record>,
 }
 
 /// First 8 bytes of a pool's uuid: marks its batches and image blocks.

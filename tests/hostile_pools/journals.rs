@@ -214,7 +214,11 @@ fn the_last_batch_of_a_closed_pool_is_missed() {
     let storage = empty(POOL_LEN);
     let pool = opened(&storage);
     drop(disk(&pool, "a", CLUSTER));
-    drop(disk(&pool, "precious", CLUSTER));
+    let precious = disk(&pool, "precious", 3 * CLUSTER);
+    precious
+        .write_at(&bytes(5, CLUSTER), CLUSTER)
+        .expect("writes");
+    drop(precious);
     pool.close().expect("closes");
     drop(pool);
     let (last, ..) = *batches(&storage).last().expect("some");
@@ -230,12 +234,19 @@ fn the_last_batch_of_a_closed_pool_is_missed() {
         then.inspect(|then| then(&bad));
         let mut block = vec![0; 4096];
         bad.read_at(&mut block, last).expect("reads");
-        block[70] ^= 1;
+        // The cluster of the pool in its record.
+        block[64 + 16] ^= 1;
         bad.write_durable_at(&block, last).expect("writes");
         let refused = try_open(&bad).map(|_| ()).expect_err(what);
         assert!(refused.to_string().contains("cannot be read"), "{refused}");
         let found = faults(&bad);
         assert!(found.len() == 1 && found[0].may_miss, "{what}: {found:?}");
+        let remarks = check(&*bad).expect("reads").remarks;
+        let about = format!("`precious`, bytes {CLUSTER} to {}", 2 * CLUSTER - 1);
+        assert!(
+            remarks.iter().any(|line| line.contains(&about)),
+            "{remarks:?}"
+        );
         mend(&bad);
         goes_on(&bad, what);
     }
