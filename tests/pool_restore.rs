@@ -8,12 +8,13 @@ mod common;
 use common::{CLUSTER, POOL_LEN, SUB, bytes, disk, fresh, opened, read};
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk};
+use tidepool::format::units::ClusterSize;
 use tidepool::pool::check::check;
 use tidepool::pool::dump::dump;
 use tidepool::pool::load::read_superblock;
 use tidepool::pool::restore::{Dump, Restored, Unknown};
 use tidepool::pool::undo::undo;
-use tidepool::pool::{OpenOptions, Pool, PoolError};
+use tidepool::pool::{CreateOptions, OpenOptions, Pool, PoolError, open};
 use tidepool::storage::{SimStorage, Storage};
 
 const LEN: u64 = 200 * CLUSTER;
@@ -491,7 +492,14 @@ fn a_restore_is_taken_back_where_nothing_was_written_over() {
     assert!(contents(&read_only(&storage)) == before);
     undo(&*storage).expect("nobody wrote since");
     assert!(contents(&opened(&storage)) == later);
-    let (other, _) = fresh();
+    // Those that tests make have one identity otherwise.
+    let other = Arc::new(SimStorage::new(POOL_LEN));
+    let cluster_size = ClusterSize::from_bytes(CLUSTER).expect("in range");
+    let options = CreateOptions {
+        cluster_size,
+        ..CreateOptions::new(POOL_LEN)
+    };
+    open::create(&*other, &options).expect("an empty pool");
     restore_with(&other, &lines, Unknown::Accepted).expect("as is said");
     let refused = undo(&*other).expect_err("another pool");
     assert!(

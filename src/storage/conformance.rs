@@ -6,9 +6,10 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use super::loop_device::Loop;
 use super::medium::Rng;
 use super::{
     Access, AlignedBuf, BLOCK, Caching, FileStorage, OpenError, SimStorage, Storage, Tier,
@@ -339,68 +340,22 @@ fn file_in_memory_conforms() {
     run(|| file_in(dir.path(), "memory", Caching::Auto));
 }
 
-/// A loop device over a fresh sparse file; detached when dropped.
-struct Loop {
-    device: PathBuf,
-    dir: tempfile::TempDir,
+fn device_store(device: &Loop) -> FileStorage {
+    at_last(|| FileStorage::create_new(&device.device, DEVICE_LEN as u64)).unwrap()
 }
 
-impl Loop {
-    /// Makes one with sectors of so many bytes.
-    ///
-    /// # Errors
-    /// Why it cannot be set up here.
-    fn new(sector: &str) -> Result<Self, String> {
-        let dir = tempfile::tempdir_in("/var/tmp").map_err(|error| error.to_string())?;
-        let backing = dir.path().join("backing");
-        let len = DEVICE_LEN.to_string();
-        for argv in [
-            vec!["truncate", "--size", &len],
-            vec!["losetup", "--find", "--show", "--sector-size", sector],
-        ] {
-            let output = Command::new(argv[0])
-                .args(&argv[1..])
-                .arg(&backing)
-                .output()
-                .map_err(|error| format!("{}: {error}", argv[0]))?;
-            if !output.status.success() {
-                return Err(String::from_utf8_lossy(&output.stderr).into_owned());
-            }
-            let device = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-            if !device.is_empty() {
-                let device = PathBuf::from(device);
-                return Ok(Self { device, dir });
-            }
-        }
-        Err("losetup named no device".to_owned())
-    }
-
-    fn create_new(&self) -> FileStorage {
-        at_last(|| FileStorage::create_new(&self.device, DEVICE_LEN as u64)).unwrap()
-    }
-
-    fn subject(&self, name: &'static str) -> Subject {
-        let store = self.create_new();
-        assert!(store.is_block_device());
-        // A device keeps what it held, so a fresh start takes zeros; not by punch, which is
-        // under test.
-        store.write_at(&vec![0; DEVICE_LEN], 0).unwrap();
-        Subject {
-            name,
-            store: Box::new(store),
-            len: DEVICE_LEN,
-            punch_unit: 4096,
-            is_resizable: false,
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let detached = Command::new("losetup").arg("-d").arg(&self.device).status();
-        if !detached.is_ok_and(|status| status.success()) {
-            eprintln!("cannot detach {}", self.device.display());
-        }
+fn device_subject(device: &Loop, name: &'static str) -> Subject {
+    let store = device_store(device);
+    assert!(store.is_block_device());
+    // A device keeps what it held, so a fresh start takes zeros; not by punch, which is
+    // under test.
+    store.write_at(&vec![0; DEVICE_LEN], 0).unwrap();
+    Subject {
+        name,
+        store: Box::new(store),
+        len: DEVICE_LEN,
+        punch_unit: 4096,
+        is_resizable: false,
     }
 }
 
@@ -410,17 +365,17 @@ fn block_devices_conform() {
         ("512", Tier::Direct { align: 512 }),
         ("4096", Tier::Buffered),
     ] {
-        let device = match Loop::new(sector) {
+        let device = match Loop::new(DEVICE_LEN, sector) {
             Ok(device) => device,
             Err(reason) => {
                 eprintln!("skipped: no loop device with sectors of {sector}: {reason}");
                 continue;
             }
         };
-        let subject = device.subject("loop device");
+        let subject = device_subject(&device, "loop device");
         assert_eq!(subject.store.tier(), tier, "sectors of {sector}");
         drop(subject);
-        run(|| device.subject("loop device"));
+        run(|| device_subject(&device, "loop device"));
         claimed_or_too_small_is_refused(&device);
     }
 }
@@ -428,14 +383,14 @@ fn block_devices_conform() {
 /// Told as "no space", it was waited for, a minute for each request.
 #[test]
 fn a_device_that_was_made_smaller_is_no_full_one() {
-    let device = match Loop::new("512") {
+    let device = match Loop::new(DEVICE_LEN, "512") {
         Ok(device) => device,
         Err(reason) => {
             eprintln!("skipped: no loop device: {reason}");
             return;
         }
     };
-    let store = device.create_new();
+    let store = device_store(&device);
     let shrunk = Command::new("truncate")
         .args(["--size", &(DEVICE_LEN / 2).to_string()])
         .arg(device.dir.path().join("backing"))
@@ -478,7 +433,7 @@ pub(super) fn at_last(
 }
 
 fn claimed_or_too_small_is_refused(device: &Loop) {
-    let first = device.create_new();
+    let first = device_store(device);
     for refused in [
         FileStorage::open(&device.device, Access::ReadWrite),
         FileStorage::open(&device.device, Access::ReadOnly),

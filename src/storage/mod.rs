@@ -7,6 +7,8 @@ mod aligned;
 mod conformance;
 mod crash;
 mod file;
+#[cfg(test)]
+mod loop_device;
 mod medium;
 mod one;
 mod open;
