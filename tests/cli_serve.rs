@@ -84,7 +84,10 @@ fn run_short(shell: &Shell, limit: &str, args: &[&str]) {
         is_served(&mut last, Duration::from_secs(20)),
         "there are descriptors again"
     );
-    assert_eq!(server.stop(), Some(0));
+    let (status, told) = server.stop_and_listen();
+    assert_eq!(status, Some(0));
+    let is_waiting = |kind: &String| kind == "client_waits";
+    assert!(!told.is_empty() && told.iter().all(is_waiting), "{told:?}");
 }
 
 #[test]

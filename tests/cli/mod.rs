@@ -249,11 +249,23 @@ impl Server {
 
     /// Ends it as a user would; its exit status.
     pub(crate) fn stop(&mut self) -> Option<i32> {
+        let (status, told) = self.stop_and_listen();
+        assert_eq!(told, [""; 0]);
+        status
+    }
+
+    /// As [`Server::stop`], with the kinds of the events that it had not told of yet.
+    pub(crate) fn stop_and_listen(&mut self) -> (Option<i32>, Vec<String>) {
         send(self.pid(), Signal::SIGTERM);
         let mut rest = String::new();
         self.lines.read_to_string(&mut rest).expect("reads");
-        assert_eq!(rest.trim(), r#"{"event":"stopped"}"#);
-        self.child.wait().expect("ends").code()
+        let events = rest.lines().map(|line| {
+            let event: Value = serde_json::from_str(line).expect("a JSON object a line");
+            event["event"].as_str().expect("a kind").to_owned()
+        });
+        let mut told: Vec<String> = events.collect();
+        assert_eq!(told.pop().as_deref(), Some("stopped"));
+        (self.child.wait().expect("ends").code(), told)
     }
 }
 

@@ -2,10 +2,12 @@
 //! and repair then make of them, and what a restore leaves of older ones.
 
 use super::common::{CLUSTER, POOL_LEN, SUB, bytes, disk, empty, opened, read, try_open};
-use super::planted::{batches, copy, superblock};
+use super::planted::{append, batches, copy, row, superblock};
 use super::repair::goes_on;
 use std::sync::Arc;
 use tidepool::cowdisk::{self, Disk};
+use tidepool::format::journal::Record;
+use tidepool::format::units::Lcn;
 use tidepool::pool::PoolError;
 use tidepool::pool::check::{Fault, check};
 use tidepool::pool::dump::dump;
@@ -153,16 +155,23 @@ fn a_disk_that_comes_back_shows_nothing_of_others() {
     assert!(seen.iter().all(|byte| [0, 9].contains(byte)), "foreign");
 }
 
-/// The longest batches are longer than any that ordinary flushes write.
+/// The longest batches, of renames by earlier releases, are longer than any that flushes write.
 #[test]
 fn a_long_batch_that_cannot_be_read_hides_nothing() {
     let storage = empty(LARGE);
     let pool = opened(&storage);
-    let a = disk(&pool, "a", 600 * CLUSTER);
-    for n in 0..1620 {
-        cowdisk::snapshot(&pool, "a", &format!("{n:0>115}")).expect("snapshots");
-    }
-    cowdisk::rename(&pool, "a", "b").expect("renames");
+    drop(disk(&pool, "a", 600 * CLUSTER));
+    drop(pool);
+    let unmap = |n: u32| Record::Unmap {
+        disk: row(&storage, "a").id,
+        first: Lcn(100 + n % 500),
+        count: 1,
+        is_zeroed: false,
+    };
+    let records: Vec<Record> = (0..20_000).map(unmap).collect();
+    append(&storage, &records);
+    let pool = opened(&storage);
+    let a = Disk::open(&pool, "a").expect("there");
     for n in 0..20 {
         a.write_at(&bytes(value(n), SUB), n * SUB).expect("writes");
         a.flush().expect("flushes");
