@@ -18,10 +18,13 @@ mod disk;
 #[path = "../vhost_blk/guest.rs"]
 #[expect(dead_code, reason = "shared with the session tests")]
 mod guest;
+mod moods;
 #[path = "../common/random.rs"]
 mod random;
 mod rogue;
 mod served;
+mod stranger;
 mod tables;
 mod turns;
+mod user;
 mod waits;
