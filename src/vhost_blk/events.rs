@@ -34,6 +34,8 @@ pub enum EventKind {
     MemoryLost,
     /// A client cannot be accepted for want of descriptors, threads or memory: it is tried again.
     ClientWaits,
+    /// Writes wait for space, in the pool or on the host, and fail if there is none in time.
+    SpaceAwaited,
     /// The guest broke the rules of its ring; nothing is taken from that queue any more.
     QueueBroken,
     /// A request failed: the guest got an I/O error.
@@ -48,6 +50,7 @@ impl fmt::Display for Event {
             EventKind::SessionRefused => "a client was disconnected",
             EventKind::MemoryLost => "a client was disconnected: its memory is gone",
             EventKind::ClientWaits => "a client cannot be accepted yet",
+            EventKind::SpaceAwaited => "writes wait for space",
             EventKind::QueueBroken => "a queue was given up until the guest resets its disk",
             EventKind::RequestFailed => "a request failed",
             EventKind::BaseCorrected => "a queue goes on at the used index of its ring",

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidepool::vhost_blk::ServerOptions;
+use tidepool::vhost_blk::{Event, EventKind, ServerOptions};
 
 use crate::disk;
 use crate::guest::{Bench, DATA, Guest, IOERR, MODERN, OK, OUT};
@@ -27,6 +27,15 @@ fn a_host_without_space_is_waited_for_and_not_for_ever() {
         assert!(sector < 48 << 11, "the host has 24 MiB");
     }
     assert_eq!(guest.status(0, 0), IOERR);
+    // It was said while something could be done about it.
+    let told: Vec<Event> = bench.events.try_iter().collect();
+    let kinds: Vec<EventKind> = told.iter().map(|event| event.kind).collect();
+    assert_eq!(
+        kinds,
+        [EventKind::SpaceAwaited, EventKind::RequestFailed],
+        "{told:?}"
+    );
+    assert!(told[0].reason.contains("host"), "{told:?}");
     // And what waits goes on when there is space.
     guest.put(0, 0, OUT, sector, &[(DATA, 1 << 20, 0)]);
     assert_eq!(

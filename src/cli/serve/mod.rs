@@ -23,6 +23,7 @@ use crate::sys::signal::Endings;
 use crate::vhost_blk::{QUEUES_MAX, Server, ServerOptions, WORKERS_MAX};
 use clap::{Args, ValueEnum};
 use ending::Ending;
+use nix::errno::Errno;
 use serde_json::json;
 use sockets::Sockets;
 use start::Start;
@@ -61,7 +62,8 @@ pub(super) struct Serve {
     /// Paths of the pools.
     #[arg(required = true, value_name = "POOL")]
     pools: Vec<PathBuf>,
-    /// Directory for the sockets; POOL.sockets beside the first pool if left out.
+    /// Directory for the sockets; POOL.sockets beside the first pool if left out, or in /run/tidepool if
+    /// that is a device.
     #[arg(long, value_name = "DIR")]
     sockets: Option<PathBuf>,
     /// Worker threads that all queues are spread over.
@@ -156,6 +158,24 @@ pub(super) fn execute(args: &Serve, output: Output) -> Result<Reply, Failure> {
     stopped.map(|()| Reply::silent())
 }
 
+/// What helps depends on what was refused: not every error of a ring is a ban of rings.
+fn cannot_start(error: &io::Error) -> Failure {
+    let failure = Failure::new("io", "the server", format!("cannot start: {error}"));
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE | Errno::ENFILE) => failure.hint(
+            "it needs more descriptors: raise `ulimit -n`, or LimitNOFILE= of the systemd unit",
+        ),
+        Some(Errno::ENOMEM | Errno::EAGAIN) => failure.hint(
+            "it needs more memory, or may lock too little: raise `ulimit -l`, or LimitMEMLOCK= of \
+             the systemd unit, or take fewer --workers",
+        ),
+        Some(Errno::EPERM | Errno::EACCES | Errno::ENOSYS) => {
+            failure.hint("io_uring must be allowed here: see the sysctl kernel.io_uring_disabled")
+        }
+        Some(_) | None => failure,
+    }
+}
+
 fn no_thread(object: impl std::fmt::Display, error: &io::Error) -> Failure {
     Failure::new("io", object, format!("cannot start a thread: {error}"))
 }
@@ -243,10 +263,7 @@ fn run(
     // It ends when the server, which has the other end, is gone.
     let telling = spawn_named("tidepool-events", move || tells.tell(&events))
         .map_err(|e| no_thread("the server", &e))?;
-    let server = Server::start_reporting(options, to).map_err(|e| {
-        Failure::new("io", "the server", format!("cannot start: {e}"))
-            .hint("io_uring must be allowed here: see the sysctl kernel.io_uring_disabled")
-    })?;
+    let server = Server::start_reporting(options, to).map_err(|e| cannot_start(&e))?;
     let started = Start::new(args, sockets, &server, teller, ending).run(pools)?;
     if !ending.is_told() {
         let (disks, refused) = (started.served, started.refused);

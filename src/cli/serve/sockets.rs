@@ -2,6 +2,7 @@
 
 use super::super::failure::Failure;
 use super::Serve;
+use crate::sys::file;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -32,11 +33,10 @@ impl Sockets {
     /// # Errors
     /// It cannot be made, or its path leaves no room for the name of a socket.
     pub(super) fn open(args: &Serve) -> Result<Self, Failure> {
-        let dir = args.sockets.clone().unwrap_or_else(|| {
-            let mut name = args.pools[0].clone().into_os_string();
-            name.push(".sockets");
-            PathBuf::from(name)
-        });
+        let first = &args.pools[0];
+        let is_device = file::kind_of(first).is_ok_and(|kind| kind == file::Kind::BlockDevice);
+        let dir = args.sockets.clone();
+        let dir = dir.unwrap_or_else(|| default_dir(first, is_device));
         let most = PATH_BYTES_MAX - 1 - SHORTEST;
         let len = dir.as_os_str().len();
         if len > most {
@@ -47,7 +47,9 @@ impl Sockets {
             return Err(Failure::new("socket", dir.display(), what).hint(hint));
         }
         // A socket is a disk: not for everybody.
-        match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
+        let is_ours = args.sockets.is_none() && is_device;
+        let mut builder = std::fs::DirBuilder::new();
+        match builder.recursive(is_ours).mode(0o700).create(&dir) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
             Err(e) => return Err(Failure::io(&dir, "make the directory for sockets", &e)),
@@ -81,6 +83,17 @@ impl Sockets {
     }
 }
 
+/// Where the sockets of `pool` are, where nobody says: beside it, but not among the devices.
+fn default_dir(pool: &Path, is_device: bool) -> PathBuf {
+    let mut name = match (is_device, pool.file_name()) {
+        (true, Some(name)) => Path::new("/run/tidepool").join(name),
+        (true, None) | (false, _) => pool.to_owned(),
+    }
+    .into_os_string();
+    name.push(".sockets");
+    PathBuf::from(name)
+}
+
 /// FNV-1a of 64 bits: it need not be more than unlikely to meet, for sockets of one directory.
 fn number_of(name: &str) -> u64 {
     let bytes = name.bytes();
@@ -99,6 +112,14 @@ mod tests {
             dir: PathBuf::from(dir),
             len,
         }
+    }
+
+    #[test]
+    fn sockets_are_beside_their_pool_and_not_among_devices() {
+        let dir = |pool: &str, is_device| default_dir(Path::new(pool), is_device);
+        assert_eq!(dir("a/p", false), PathBuf::from("a/p.sockets"));
+        let device = PathBuf::from("/run/tidepool/nvme1n1.sockets");
+        assert_eq!(dir("/dev/nvme1n1", true), device);
     }
 
     #[test]

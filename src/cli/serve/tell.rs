@@ -110,6 +110,7 @@ fn word(kind: EventKind) -> &'static str {
         EventKind::SessionRefused => "session_refused",
         EventKind::MemoryLost => "memory_lost",
         EventKind::ClientWaits => "client_waits",
+        EventKind::SpaceAwaited => "space_awaited",
         EventKind::QueueBroken => "queue_broken",
         EventKind::RequestFailed => "request_failed",
         EventKind::BaseCorrected => "base_corrected",

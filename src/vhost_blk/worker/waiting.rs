@@ -88,12 +88,27 @@ impl Worker {
                 }
                 self.bounce.is_waited_for = true;
             }
-            Parked::Full => self.park_full(id, at),
+            Parked::Full => {
+                self.tell_of_wait(id, at, "the pool is full");
+                self.park_full(id, at);
+            }
             Parked::HostFull => {
                 let retry = self.now + HOST_RETRY;
                 self.waiting.host_retry.get_or_insert(retry);
+                self.tell_of_wait(id, at, "the host is full, below the pool");
                 self.park_full(id, at);
             }
+        }
+    }
+
+    /// The first request of a share that waits for space is told of: by when it fails there may be some.
+    fn tell_of_wait(&self, id: u32, at: u32, why: &str) {
+        let is_new = self.task(id).full_since.is_none();
+        let share = self.shares.get(at).filter(|share| share.full.is_empty());
+        if let Some(share) = share.filter(|_| is_new) {
+            let limit = self.options.no_space_timeout.as_secs();
+            let reason = format_args!("{why}; they fail after {limit} s");
+            share.device.report(EventKind::SpaceAwaited, &reason);
         }
     }
 
